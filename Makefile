@@ -1,0 +1,51 @@
+# Every target creates or reuses .venv, so each one works as the first command on a fresh machine.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# PASSIVE: idle OpenMP threads sleep instead of spinning, which decides latency on small machines.
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help quickstart sst2 test bench lint format docs-check clean
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned, so that nothing pulls another build of it
+$(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing offramp into $(VENV) (about a minute on a fresh machine) ..."
+	$(PIP) torch
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+quickstart: $(VENV)/.core ## train a small network with exits, calibrate, and time it
+	$(BIN)/offramp quickstart
+
+sst2: $(VENV)/.dev ## the same on SST-2 with MiniLM (set OFFRAMP_DATA=DIR; about 40 minutes on two cores)
+	$(BIN)/offramp quickstart --task sst2 $(if $(OFFRAMP_DATA),--data $(OFFRAMP_DATA))
+
+test: $(VENV)/.dev ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+bench: $(VENV)/.dev ## measured time of stages, exits and policies on this machine
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+
+format: $(VENV)/.dev ## rewrite the code in the house's format
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

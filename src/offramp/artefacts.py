@@ -1,0 +1,50 @@
+"""Writing files so that a stop in the middle leaves the old file whole."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from offramp.errors import FormatError
+
+__all__ = ["read_json", "write_atomically", "write_json"]
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
+    """The path, after `write` filled a temporary neighbour that then took its place in one rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: str | Path, value: Mapping[str, Any]) -> Path:
+    """The path, after `value` was written to it as JSON (no NaN, no infinities), atomically."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    return write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        FormatError: the file is missing, is not UTF-8 JSON, or holds something other than an object.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FormatError(f"{path} does not exist. Check the path.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path} is not readable as JSON: {error}. Write it again.") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} holds a JSON {type(value).__name__}; expected an object. Write it again.")
+    return value

@@ -1,0 +1,56 @@
+"""Every error that Offramp raises on purpose.
+
+    OfframpError
+    ├── ShapeError(ValueError)        a tensor has the wrong shape or dtype
+    ├── ValueRangeError(ValueError)   a number or label lies outside what is allowed, or is not finite
+    ├── NoSuchModule(LookupError)     `at` names a module that the model does not have
+    ├── NotStageable(RuntimeError)    the model cannot be cut at an exit; training and recording still work
+    ├── DataError(ValueError)         a data set cannot be used as it is
+    ├── FormatError(ValueError)       a file is not what it should be, is damaged, or is from a newer version
+    └── MissingExtra(ImportError)     an optional package is not installed; the message names the extra
+
+A message says what was got, what was expected, and what to do.
+"""
+
+__all__ = [
+    "DataError",
+    "FormatError",
+    "MissingExtra",
+    "NoSuchModule",
+    "NotStageable",
+    "OfframpError",
+    "ShapeError",
+    "ValueRangeError",
+]
+
+
+class OfframpError(Exception):
+    """The root of all errors that Offramp raises on purpose."""
+
+
+class ShapeError(OfframpError, ValueError):
+    """A tensor has the wrong shape or dtype."""
+
+
+class ValueRangeError(OfframpError, ValueError):
+    """A number or a label lies outside what is allowed, or is not finite."""
+
+
+class NoSuchModule(OfframpError, LookupError):
+    """`at` names a module that the model does not have."""
+
+
+class NotStageable(OfframpError, RuntimeError):
+    """The model cannot be cut at an exit. Training, recording and calibrating still work; the runtime does not."""
+
+
+class DataError(OfframpError, ValueError):
+    """A data set cannot be used as it is."""
+
+
+class FormatError(OfframpError, ValueError):
+    """A file is not what it should be, is damaged, or comes from a newer version."""
+
+
+class MissingExtra(OfframpError, ImportError):
+    """An optional package is not installed. The message names the extra to install."""
