@@ -28,8 +28,12 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> Path:
     """The path, after `value` was written to it as JSON (no NaN, no infinities), atomically."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    return write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
+    data = (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+    def write(partial: Path) -> None:
+        partial.write_bytes(data)
+
+    return write_atomically(path, write)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

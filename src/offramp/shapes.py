@@ -1,8 +1,8 @@
 """Axis words that every signature uses, and checks of shape with one kind of message.
 
-    exit   exits, 0-based, the last is E-1      row    rows of a recorded trace
-    batch  rows in flight                       cls    classes
-    ch     channels    tok  tokens    dim  hidden width    sig  signals
+exit   exits, 0-based, the last is E-1      row    rows of a recorded trace
+batch  rows in flight                       cls    classes
+ch     channels    tok  tokens    dim  hidden width    sig  signals
 """
 
 import torch

@@ -1,0 +1,150 @@
+"""Early exits for any PyTorch model that save measured time.
+
+    from offramp import attach, train, record, measure, calibrate, Budget, BEEM, Runtime
+
+    model = attach(network, at=("layer1", "layer2"), example=x)       # heads behind two taps
+    train(model, examples)                                            # all exits at once
+    trace = record(model, held_out)                                   # what every exit says about every row
+    costs = measure(model, x)                                         # what every stage and head costs here
+    found = calibrate(BEEM, trace, costs, Budget(fraction=0.5))       # a policy for half the cost
+    Runtime(model, found.policy)(x)                                   # rows that are done leave the batch
+
+Names are loaded when they are first used, so `import offramp` and `offramp --help` take no time.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offramp.attach import attach
+    from offramp.calibrate import Calibration, EENetFit, ErrorRate, calibrate
+    from offramp.compare import compare
+    from offramp.cost import Budget, CostModel
+    from offramp.data import Examples
+    from offramp.errors import (
+        DataError,
+        FormatError,
+        MissingExtra,
+        NoSuchModule,
+        NotStageable,
+        OfframpError,
+        ShapeError,
+        ValueRangeError,
+    )
+    from offramp.heads import MapHead, TokenHead, VectorHead
+    from offramp.measure import measure
+    from offramp.model import MultiExitModel
+    from offramp.objectives import DepthWeighted, Distill, EENetLoss, FinalOnly, SelfDistill, TwoStage, Uniform
+    from offramp.policies import BEEM, EENet, Entropy, Evidence, MaxProb, Patience, Policy, Step, dumps, loads
+    from offramp.recipe import Recipe, TrainReport
+    from offramp.record import record
+    from offramp.runtime import Prediction, Runtime
+    from offramp.simulate import Outcome, simulate
+    from offramp.trace import ExitTrace
+    from offramp.train import train
+
+    __version__: str
+
+__all__ = [
+    "BEEM",
+    "Budget",
+    "Calibration",
+    "CostModel",
+    "DataError",
+    "DepthWeighted",
+    "Distill",
+    "EENet",
+    "EENetFit",
+    "EENetLoss",
+    "Entropy",
+    "ErrorRate",
+    "Evidence",
+    "Examples",
+    "ExitTrace",
+    "FinalOnly",
+    "FormatError",
+    "MapHead",
+    "MaxProb",
+    "MissingExtra",
+    "MultiExitModel",
+    "NoSuchModule",
+    "NotStageable",
+    "OfframpError",
+    "Outcome",
+    "Patience",
+    "Policy",
+    "Prediction",
+    "Recipe",
+    "Runtime",
+    "SelfDistill",
+    "ShapeError",
+    "Step",
+    "TokenHead",
+    "TrainReport",
+    "TwoStage",
+    "Uniform",
+    "ValueRangeError",
+    "VectorHead",
+    "__version__",
+    "attach",
+    "calibrate",
+    "compare",
+    "dumps",
+    "loads",
+    "measure",
+    "record",
+    "simulate",
+    "train",
+]
+
+_MODULES = {
+    "attach": "attach",
+    "calibrate": "Calibration EENetFit ErrorRate calibrate",
+    "compare": "compare",
+    "cost": "Budget CostModel",
+    "data": "Examples",
+    "errors": "DataError FormatError MissingExtra NoSuchModule NotStageable OfframpError ShapeError ValueRangeError",
+    "heads": "MapHead TokenHead VectorHead",
+    "measure": "measure",
+    "model": "MultiExitModel",
+    "objectives": "DepthWeighted Distill EENetLoss FinalOnly SelfDistill TwoStage Uniform",
+    "policies": "BEEM EENet Entropy Evidence MaxProb Patience Policy Step dumps loads",
+    "recipe": "Recipe TrainReport",
+    "record": "record",
+    "runtime": "Prediction Runtime",
+    "simulate": "Outcome simulate",
+    "trace": "ExitTrace",
+    "train": "train",
+}
+_HOMES = {name: f"offramp.{module}" for module, names in _MODULES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("offramp")
+    elif name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module 'offramp' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """The package: `offramp.train` is the function, also after the submodule of the same name was imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and name in _HOMES:
+            return  # the import system binds a submodule to its parent; `from offramp.train import ...` does without
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

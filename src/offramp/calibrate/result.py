@@ -1,0 +1,72 @@
+"""What a calibration returns: a policy, what it achieved, and a sentence."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from offramp.artefacts import read_json, write_json
+from offramp.calibrate.error_rate import ErrorRate
+from offramp.cost import Budget
+from offramp.errors import FormatError
+from offramp.policies import Policy, from_dict, to_dict
+
+__all__ = ["Calibration", "Status"]
+
+KIND, VERSION = "offramp.calibration", 1
+
+Status = Literal["met", "best_effort", "infeasible"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A policy fitted to a target, and how that went on the rows it was fitted on.
+
+    Args:
+        policy: what to run.
+        target: what was asked for.
+        achieved: the mean cost on the calibration rows, in the target's unit (for ErrorRate as a fraction).
+        status: met; best_effort when the target holds but the family could not use the budget up; infeasible when no
+            policy of the family meets the target (`policy` is then the nearest one, the cheapest).
+        message: the same as a sentence for a person.
+        rows: how many rows it was fitted on.
+    """
+
+    policy: Policy
+    target: Budget | ErrorRate
+    achieved: float
+    status: Status
+    message: str
+    rows: int
+
+    def save(self, path: str | Path) -> Path:
+        """The path, after the calibration was written to it as JSON (atomically)."""
+        fields = {
+            "policy": to_dict(self.policy),
+            "target": {"kind": type(self.target).__name__, **dataclasses.asdict(self.target)},
+            "achieved": self.achieved,
+            "status": self.status,
+            "message": self.message,
+            "rows": self.rows,
+        }
+        return write_json(path, {"kind": KIND, "version": VERSION, "fields": fields})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """The calibration in a file that `save` wrote.
+
+        Raises:
+            FormatError: the file is missing, damaged, not a calibration, or from a newer version.
+        """
+        value: dict[str, Any] = read_json(path)
+        fields = value.get("fields")
+        if value.get("kind") != KIND or value.get("version") != VERSION or not isinstance(fields, dict):
+            raise FormatError(f"{path} is not a calibration of version {VERSION}. Calibrate again.")
+        try:
+            if fields["status"] not in get_args(Status):
+                raise FormatError(f"status is {fields['status']!r}; expected one of {get_args(Status)}")
+            target = dict(fields["target"])
+            made = {"Budget": Budget, "ErrorRate": ErrorRate}[target.pop("kind")](**target)
+            return cls(**{**fields, "policy": from_dict(fields["policy"]), "target": made})
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise FormatError(f"{path} is a damaged calibration: {error}. Calibrate again.") from None

@@ -1,0 +1,126 @@
+"""The commands, the global options, and what becomes of errors.
+
+Exit codes: 0 ok, 1 an error that the message explains, 2 wrong usage, 3 a budget that cannot be met, 130 interrupted.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from offramp.cli import answers, choosing, running
+from offramp.cli.show import note
+from offramp.errors import OfframpError
+
+__all__ = ["FAILED", "INFEASIBLE", "INTERRUPTED", "app", "main"]
+
+FAILED, INFEASIBLE, INTERRUPTED, PIPE_CLOSED = 1, choosing.INFEASIBLE, 130, 141
+
+COMMANDS: dict[str, tuple[Any, str]] = {
+    "quickstart": (running.quickstart, "offramp quickstart --out runs/digits"),
+    "train": (running.train, "offramp train digits --epochs 10 --out runs/digits"),
+    "record": (running.record, "offramp record runs/digits --split calibrate --out trace.safetensors"),
+    "measure": (running.measure, "offramp measure runs/digits --batch-sizes 1,8,32 --out costs.json"),
+    "calibrate": (
+        choosing.calibrate,
+        "offramp calibrate trace.safetensors --costs costs.json --policy beem-a --fraction 0.5 --out policy.json",
+    ),
+    "compare": (
+        choosing.compare,
+        "offramp compare trace.safetensors --costs costs.json --policies max-prob,beem-a --budgets 0.4,0.6",
+    ),
+    "predict": (answers.predict, "offramp predict runs/sst2 --policy policy.json 'a film that stays with you'"),
+    "inspect": (answers.inspect, "offramp inspect trace.safetensors"),
+}
+
+
+class _Commands(TyperGroup):
+    """The group of commands; it turns a user's mistake into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        debug = bool(ctx.params.get("debug"))
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.showwarning = _show_warning  # type: ignore[assignment]
+            try:
+                result = super().invoke(ctx)
+                sys.stdout.flush()  # here, where a closed pipe is still caught
+                return result
+            except KeyboardInterrupt:
+                note("interrupted. A training goes on when the same command is given again.")
+                raise typer.Exit(INTERRUPTED) from None
+            except BrokenPipeError:
+                # the reader has gone (`| head`); what Python still flushes at its end must go nowhere
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(PIPE_CLOSED) from None
+            except Exception as error:
+                told = _told(error)
+                if debug or told is None:
+                    raise
+                note(f"error: {told}")
+                raise typer.Exit(FAILED) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Early exits for any PyTorch model that save measured time.",
+    epilog="Example: offramp quickstart",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> bool:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"offramp {version('offramp')}")
+        raise typer.Exit
+    return value
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="OFFRAMP_DEBUG", help="Show tracebacks and all warnings.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Early exits for any PyTorch model that save measured time."""
+
+
+for _name, (_command, _example) in COMMANDS.items():
+    app.command(_name, epilog=f"Example: {_example}")(_command)
+
+
+def main() -> None:
+    """Nothing; the process ends with an exit code. What the program `offramp` runs."""
+    try:
+        app(prog_name="offramp")
+    except KeyboardInterrupt:  # before a command began
+        sys.exit(INTERRUPTED)
+
+
+def _told(error: Exception) -> str | None:
+    """The line for a person, when the error is a mistake or a state of the machine; None when it is a bug of ours."""
+    if isinstance(error, OfframpError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}."
+    if type(error).__name__ == "SafetensorError":  # what it raises for a full or read-only disk, too
+        return f"{error}. Check the file and its folder."
+    return None
+
+
+def _show_warning(message: Any, category: Any, filename: str, *_: Any) -> None:
+    """Our own warnings as notes; those of other packages are for --debug."""
+    if Path(__file__).parent.parent in Path(filename).parents:
+        note(f"note: {message}")

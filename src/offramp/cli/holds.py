@@ -1,0 +1,108 @@
+"""What a file or a run holds, in a few words."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from offramp.artefacts import read_json
+from offramp.errors import FormatError
+
+__all__ = ["holds"]
+
+
+def holds(path: Path) -> dict[str, Any]:
+    """What a run, trace, cost model, policy or calibration holds, by name.
+
+    Raises:
+        FormatError: the path does not exist, is damaged, or is none of these.
+    """
+    if not path.exists():
+        raise FormatError(f"{path} does not exist. Check the path.")
+    if path.is_dir():
+        return {"kind": "run", **_run(path)}
+    if path.suffix == ".safetensors":
+        return {"kind": "trace", **_trace(path)}
+    from offramp.policies import FAMILIES
+
+    kind = read_json(path).get("kind")
+    readers: dict[Any, tuple[str, Callable[[Path], dict[str, Any]]]] = {
+        "offramp.costs": ("costs", _costs),
+        "offramp.calibration": ("calibration", _policy),
+        "offramp.run": ("run", lambda file: _run(file.parent)),
+        **dict.fromkeys(FAMILIES, ("policy", _policy)),
+    }
+    if kind not in readers:
+        raise FormatError(
+            f"{path} is of kind {kind!r}; expected a run, trace, costs, calibration or policy of Offramp."
+        )
+    name, read = readers[kind]
+    return {"kind": name, **read(path)}
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    from offramp.runs import WEIGHTS, read_run
+
+    fields = read_run(folder)
+    report = fields["report"]
+    epochs = report["epochs"]
+    weights = folder / WEIGHTS
+    return {
+        "task": fields["task"],
+        "options": fields["options"],
+        "exits": fields["exits"],
+        "classes": fields["classes"],
+        "epochs": len(epochs),
+        "loss": epochs[-1]["loss"],
+        "accuracy": epochs[-1]["accuracy"] or "not measured",
+        "seconds": report["seconds"],
+        "weights_mb": weights.stat().st_size / 1e6 if weights.is_file() else "missing",
+        "versions": fields["versions"],
+        "machine": fields["machine"],
+    }
+
+
+def _trace(path: Path) -> dict[str, Any]:
+    from offramp.trace import ExitTrace
+
+    trace = ExitTrace.load(path)
+    return {
+        "source": trace.source or "not told",
+        "rows": trace.rows,
+        "exits": trace.exits,
+        "classes": trace.classes,
+        "accuracy": "no labels" if trace.labels is None else trace.accuracy(),
+        "signals": 0 if trace.signals is None else trace.signals.shape[2],
+    }
+
+
+def _costs(path: Path) -> dict[str, Any]:
+    from offramp.cost import CostModel
+
+    costs = CostModel.load(path)
+    return {
+        "exits": costs.exits,
+        "cumulative": costs.cumulative(),
+        "plain_flops": "not counted" if costs.plain_flops is None else costs.plain_flops,
+        "plain_ms": {str(t.batch_size): 1000 * t.plain_s for t in costs.timed} or "not measured",
+        "machine": costs.machine or "not told",
+    }
+
+
+def _policy(path: Path) -> dict[str, Any]:
+    from offramp.cli.options import read_policy
+
+    policy, calibration = read_policy(path)
+    value: dict[str, Any] = {"family": type(policy).__name__}
+    for name in ("thresholds", "weights", "patience", "enabled"):
+        found = getattr(policy, name, None)
+        if isinstance(found, int | float | tuple):
+            value[name] = found
+    if calibration is not None:
+        value |= {
+            "target": str(calibration.target),
+            "achieved": calibration.achieved,
+            "status": calibration.status,
+            "message": calibration.message,
+            "rows": calibration.rows,
+        }
+    return value

@@ -1,0 +1,167 @@
+"""Options that several commands share, and what their words mean."""
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offramp.errors import ValueRangeError
+
+if TYPE_CHECKING:
+    from offramp.calibrate import Calibration
+    from offramp.jobs import Job
+    from offramp.model import MultiExitModel
+
+__all__ = [
+    "BatchSizeOption",
+    "CostsOption",
+    "DataOption",
+    "DeviceOption",
+    "EpochsOption",
+    "Family",
+    "JsonOption",
+    "LimitOption",
+    "Loss",
+    "RunArgument",
+    "SeedOption",
+    "Task",
+    "TraceArgument",
+    "check_out",
+    "open_run",
+    "read_policy",
+    "split_name",
+    "usage",
+    "whole_numbers",
+]
+
+
+# Written out, because asking the modules that own the names would load torch for `--help`; tests compare them.
+class Task(StrEnum):
+    """Names of `offramp.jobs.JOBS`."""
+
+    digits = "digits"
+    cifar10 = "cifar10"
+    sst2 = "sst2"
+    rte = "rte"
+    cola = "cola"
+    mrpc = "mrpc"
+    qnli = "qnli"
+    ag_news = "ag_news"
+
+
+class Family(StrEnum):
+    """Names of `offramp.compare.CHOICES`."""
+
+    max_prob = "max-prob"
+    entropy = "entropy"
+    patience = "patience"
+    beem_c = "beem-c"
+    beem_a = "beem-a"
+    eenet = "eenet"
+
+
+class Loss(StrEnum):
+    """Names of objectives that need nothing but the data."""
+
+    depth = "depth"
+    uniform = "uniform"
+    eenet = "eenet"
+    self_distill = "self-distill"
+    final_only = "final-only"
+    two_stage = "two-stage"
+
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `offramp train` wrote.")]
+TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="A file that `offramp record` wrote.")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="OFFRAMP_DATA", help="Folder of data sets, DIR/TASK/SPLIT.parquet; without it, the hub is asked."
+    ),
+]
+EpochsOption = Annotated[int | None, typer.Option(min=1, help="Passes over the data, instead of the recipe's.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Use at most so many training rows.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Of weights, order and augmentation.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Rows at once.")]
+CostsOption = Annotated[Path, typer.Option(help="A file that `offramp measure` wrote for the same run.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU when there is one.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON on standard output and nothing else there.")]
+
+
+def usage(message: str) -> typer.BadParameter:
+    """The error to raise for options that do not go together (exit code 2)."""
+    return typer.BadParameter(message)
+
+
+def whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    """The whole numbers in "1,8,32"."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise usage(f"{option} is {text!r}; expected whole numbers of at least 1 with commas, e.g. 1,8,32.")
+    return numbers
+
+
+def check_out(path: Path, *, folder: bool = False) -> Path:
+    """The path, when something can be written there: found out before the work, not after it.
+
+    Args:
+        folder: the path itself is to be a folder; otherwise a file.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    if not folder and path.is_dir():
+        raise IsADirectoryError(21, "is a folder; expected the name of a file to write", str(path))
+    parent = path if folder else path.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(13, "the folder cannot be written to. Choose another with --out", str(parent))
+    return path
+
+
+def open_run(run: Path, data: Path | None, device: str) -> tuple["Job", "MultiExitModel", Any]:
+    """(job, model on the device in eval mode, tokenizer or None)."""
+    import torch
+
+    from offramp.runs import load_run
+
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        place = torch.device(name)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueRangeError(
+            f"the device {device!r} cannot be used: {str(error).splitlines()[0]} Use --device cpu."
+        ) from None
+    work, model, tokenizer = load_run(run, data=data)
+    return work, model.to(place), tokenizer
+
+
+def split_name(work: "Job", split: str) -> str:
+    """The name of the split in the data; "calibrate" stands for the split that the task calibrates on."""
+    return work.splits[1] if split == "calibrate" else split
+
+
+def read_policy(path: Path) -> tuple[Any, "Calibration | None"]:
+    """(policy, the calibration it came from or None), from a file of `offramp calibrate` or of `dumps`.
+
+    Raises:
+        FormatError: the file is missing, damaged, or holds something else.
+    """
+    from offramp.artefacts import read_json
+    from offramp.calibrate import Calibration
+    from offramp.errors import FormatError
+    from offramp.policies import FAMILIES, from_dict
+
+    kind = read_json(path).get("kind")
+    if kind in FAMILIES:
+        return from_dict(read_json(path)), None
+    if kind != "offramp.calibration":
+        raise FormatError(f"{path} is of kind {kind!r} and no policy. Give a file that `offramp calibrate` wrote.")
+    found = Calibration.load(path)
+    return found.policy, found

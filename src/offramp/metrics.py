@@ -1,0 +1,72 @@
+"""Intervals, and which rows lie so near a decision that another engine may decide otherwise."""
+
+import math
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from offramp.errors import ValueRangeError
+from offramp.policies.base import Policy, at_exit
+from offramp.policies.patience import Patience
+from offramp.simulate import Outcome, walk
+from offramp.trace import ExitTrace
+
+__all__ = ["accuracy_interval", "bootstrap_difference", "near_decision"]
+
+
+def accuracy_interval(right: int, rows: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of an accuracy, by default at 95 %.
+
+    Raises:
+        ValueRangeError: there are no rows.
+    """
+    if rows < 1 or not 0 <= right <= rows:
+        raise ValueRangeError(f"{right} right of {rows} rows; expected at least one row.")
+    p = right / rows
+    centre = (p + z * z / (2 * rows)) / (1 + z * z / rows)
+    half = z * math.sqrt(p * (1 - p) / rows + z * z / (4 * rows * rows)) / (1 + z * z / rows)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap_difference(
+    ours: Bool[Tensor, "row"], theirs: Bool[Tensor, "row"], *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(difference, low, high) of two accuracies on the same rows: mean and paired 95 % bootstrap interval.
+
+    Raises:
+        ValueRangeError: there are no rows, or not as many of one as of the other.
+    """
+    rows = len(ours)
+    if rows < 1 or len(theirs) != rows:
+        raise ValueRangeError(f"{rows} and {len(theirs)} rows; expected the same rows twice, at least one.")
+    difference = ours.double() - theirs.double()
+    generator = torch.Generator().manual_seed(seed)
+    chunk = max(1, 4_000_000 // rows)  # draws at a time, so that many rows need little memory
+    means = torch.cat(
+        [
+            difference[torch.randint(rows, (min(chunk, draws - done), rows), generator=generator)].mean(dim=1)
+            for done in range(0, draws, chunk)
+        ]
+    )
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(difference.mean()), low, high
+
+
+def near_decision(policy: Policy, trace: ExitTrace, outcome: Outcome, tolerance: float = 1e-5) -> Bool[Tensor, "row"]:
+    """Where rounding could flip a decision: at an exit up to the one taken, the score lies within `tolerance` of its
+    threshold, or the two largest logits do (agreement and patience flip on ties).
+
+    Patience counts in whole numbers, which rounding alone cannot change: only its ties matter.
+    """
+    walked = walk(policy, trace)
+    near = torch.zeros(trace.rows, dtype=torch.bool)
+    thresholds = None if isinstance(policy, Patience) else getattr(policy, "thresholds", None)
+    for index, k in enumerate(walked.visited):
+        reached = outcome.exit >= k
+        if trace.classes > 1:
+            top = trace.logits[k].topk(2, dim=-1).values
+            near |= reached & (top[:, 0] - top[:, 1] < tolerance)
+        if thresholds is not None and k < trace.exits - 1:
+            near |= reached & ((walked.score[index] - at_exit(thresholds, k)).abs() < tolerance)
+    return near

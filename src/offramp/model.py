@@ -1,0 +1,191 @@
+"""The model with exits: the original, a head behind each tap, and the stages that are cut from it on demand."""
+
+import threading
+from collections.abc import Sequence
+from itertools import chain
+from operator import is_not
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from offramp.graph import Dynamic, eval_mode, own_precision, three_rows, trace
+from offramp.inputs import Inputs, mask_of, names_of
+from offramp.stages import Stages, stages_by_hand, stages_of_graph
+from offramp.taps import Tap, listen, logits_of
+from offramp.verify import verify
+
+__all__ = ["MultiExitModel"]
+
+CUTTING = threading.Lock()  # the export puts hooks on the original for a moment
+
+
+class MultiExitModel(nn.Module):
+    """A model with E exits: a head behind each of its E-1 taps, and its own output as the last exit.
+
+    Build it with `offramp.attach`. The original is kept in `backbone`: the same object, its parameters shared.
+    Moving or casting this model moves or casts the original; weights updated in place are seen at once.
+
+    Attributes:
+        backbone: the original model.
+        heads: E-1 heads; `heads[k](tap)` gives logits [batch cls], with the attention mask too if it has `takes_mask`.
+        taps: the names of the taps in the order of execution.
+        classes: the number of classes.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        heads: Sequence[nn.Module],
+        taps: Sequence[Tap],
+        classes: int,
+        example: Inputs,
+        *,
+        dynamic: Dynamic | None = None,
+        stages: Sequence[nn.Module] | None = None,
+        overwritten: Sequence[bool] = (),
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleList(heads)
+        self.taps = tuple(tap.name for tap in taps)
+        self.classes = classes
+        self._taps = tuple(taps)
+        self._example = example
+        self._dtype = _float_dtype(backbone)
+        self._dynamic = dynamic
+        self._by_hand = None if stages is None else tuple(stages)
+        self._overwritten = tuple(overwritten) or (False,) * len(self._taps)
+        self._cut: tuple[Stages, _Watch] | None = None
+
+    @property
+    def exits(self) -> int:
+        """E, the number of exits, the model's own output included."""
+        return len(self.taps) + 1
+
+    def forward(self, inputs: Inputs) -> Float[Tensor, "exit batch cls"]:
+        """The logits of every exit; the last are the original's. Hooks live for the length of this call.
+
+        Args:
+            inputs: a tensor [batch ...], or several by name, called as keywords of the original.
+        """
+        heard: list[Any] = [None] * len(self._taps)
+
+        def hear(k: int, tap: Tensor) -> None:
+            # the original writes into some taps later on (ReLU(inplace=True)); a head must see what the tap was
+            heard[k] = tap.clone() if self._overwritten[k] else tap
+
+        with listen(self.backbone, self._taps, hear):
+            last = self.plain(inputs)
+        mask = mask_of(inputs)
+        return torch.stack([*(self.head_logits(k, tap, mask) for k, tap in enumerate(heard)), last])
+
+    def plain(self, inputs: Inputs) -> Float[Tensor, "batch cls"]:
+        """The original's own logits; no head runs."""
+        output = self.backbone(inputs) if isinstance(inputs, Tensor) else self.backbone(**inputs)
+        return logits_of(output, self.backbone)
+
+    def head_logits(self, k: int, tap: Tensor, mask: Tensor | None = None) -> Float[Tensor, "batch cls"]:
+        """Exit k's logits from its tap, for k < E-1; `mask` [batch tok] is used by heads that average tokens."""
+        head = self.heads[k]
+        return head(tap, mask) if getattr(head, "takes_mask", False) else head(tap)
+
+    def stages(self) -> Stages:
+        """The model cut behind its taps, E stages that share its weights and compute in eval mode.
+
+        Cut at the first call and checked on the example; cut again when a parameter or buffer of the original was
+        replaced, moved or cast, or a module replaced.
+
+        Raises:
+            NotStageable: the model cannot be cut, or a cut model does not give the original's output.
+        """
+        cut = self._cut
+        if cut is None or cut[1].changed():
+            with CUTTING:
+                cut = self._cut  # another thread may have been faster
+                if cut is None or cut[1].changed():
+                    self._cut = None
+                    cut = self._cut = (self._new_stages(), _Watch(self.backbone))
+        return cut[0]
+
+    def _new_stages(self) -> Stages:
+        with own_precision(_device(self.backbone)):
+            return self._cut_and_verified(three_rows(self._placed_example()))
+
+    def _cut_and_verified(self, example: Inputs) -> Stages:
+        needs = any(getattr(head, "takes_mask", False) for head in self.heads)
+        mask = "attention_mask" if needs and mask_of(example) is not None else None
+        if self._by_hand is not None:
+            stages = stages_by_hand(self._by_hand, names_of(example), self.taps, mask, self._plain_in_eval)
+        else:
+            stages = stages_of_graph(trace(self.backbone, self._taps, example, self._dynamic), self.taps, mask)
+        with eval_mode(self), torch.no_grad():
+            heard: dict[int, Tensor] = {}
+            with listen(self.backbone, self._taps, lambda k, tap: heard.update({k: tap.clone()})):
+                logits = self.plain(example)
+            verify(stages, self.plain, example, self.taps, [*(heard[k] for k in range(len(self.taps))), logits])
+        return stages
+
+    def _plain_in_eval(self, inputs: Inputs) -> Tensor:
+        with eval_mode(self.backbone):
+            return self.plain(inputs)
+
+    def _placed_example(self) -> Inputs:
+        """The example where the original is now, in its type if it was in its type when attached."""
+        device, dtype = _device(self.backbone), _float_dtype(self.backbone)
+
+        def place(tensor: Tensor) -> Tensor:
+            cast = dtype if tensor.is_floating_point() and tensor.dtype == self._dtype else None
+            return tensor.to(device=device or tensor.device, dtype=cast or tensor.dtype)
+
+        if isinstance(self._example, Tensor):
+            return place(self._example)
+        return {name: place(tensor) for name, tensor in self._example.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # generated code does not copy; a copy cuts its own
+        return {**self.__dict__, "_cut": None}
+
+
+class _Watch:
+    """What the stages were cut from: every module, parameter and buffer of the original, by identity and kind.
+
+    It is asked before every batch, so it compares addresses first and looks at the kinds when one of them differs.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        kinds = ("_modules", "_parameters", "_buffers")
+        owners = [owner for module in model.modules() for kind in kinds if (owner := getattr(module, kind))]
+        self._owners: list[dict[str, Any]] = owners
+        self._held = list(chain.from_iterable(owner.values() for owner in owners))
+        self._tensors = [held for held in self._held if isinstance(held, Tensor)]
+        self._kinds = list(map(_kind, self._tensors))
+        self._places = list(map(Tensor.data_ptr, self._tensors))
+        self._weight = next((i for i, tensor in enumerate(self._tensors) if tensor.is_floating_point()), 0)
+
+    def changed(self) -> bool:
+        """Whether one was replaced, moved, cast or reshaped since. Values written in place do not count."""
+        held = list(chain.from_iterable(owner.values() for owner in self._owners))
+        if len(held) != len(self._held) or any(map(is_not, held, self._held)):
+            return True
+        places = list(map(Tensor.data_ptr, self._tensors))
+        # freed memory may be used again after two casts in a row, hence the look at one weight
+        if places == self._places and (not places or _kind(self._tensors[self._weight]) == self._kinds[self._weight]):
+            return False
+        if list(map(_kind, self._tensors)) != self._kinds:
+            return True
+        self._places = places
+        return False
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.device, tensor.shape
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)

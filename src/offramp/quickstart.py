@@ -1,0 +1,216 @@
+"""The main job, end to end: train a network with exits, calibrate policies to half the cost, and time them live."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.artefacts import write_json
+from offramp.compare import Compared, Pool, compare, compare_pooled, halves
+from offramp.cost import Budget, CostModel
+from offramp.data import Examples
+from offramp.errors import DataError
+from offramp.inputs import Inputs
+from offramp.jobs import Job, job
+from offramp.machine import machine_line
+from offramp.measure import measure
+from offramp.metrics import near_decision
+from offramp.model import MultiExitModel
+from offramp.record import record
+from offramp.runs import save_run
+from offramp.runtime import Runtime
+from offramp.simulate import simulate
+from offramp.timing import Speed, never, time_policies
+from offramp.trace import ExitTrace
+from offramp.train import train
+
+__all__ = ["QuickResult", "batches_of", "parity", "quickstart", "time_table"]
+
+FRACTION = 0.5
+
+
+@dataclass(frozen=True)
+class QuickResult:
+    """Everything that the quickstart measured.
+
+    Args:
+        task: its name.
+        train_s: seconds of training.
+        exits: accuracy of every exit on the test rows; the last is the model without exits.
+        rows: (train, calibrate, test) counts.
+        table: policies on test rows.
+        speeds: policies live, by batch size.
+        unused: the same with every exit visited and none taken.
+        parity: per policy (rows compared, rows near a decision, other rows whose exit differed).
+        note: what a reader must know, or "".
+        machine: where it was measured.
+    """
+
+    task: str
+    train_s: float
+    exits: tuple[float, ...]
+    rows: tuple[int, int, int]
+    table: tuple[Compared, ...]
+    speeds: tuple[Speed, ...]
+    unused: tuple[Speed, ...]
+    parity: dict[str, tuple[int, int, int]]
+    note: str
+    machine: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as a JSON object; policies by their repr."""
+        value = dataclasses.asdict(dataclasses.replace(self, table=(), speeds=(), unused=()))
+        value["table"] = [{**dataclasses.asdict(dataclasses.replace(r, policy=None)), "policy": repr(r.policy)}  # type: ignore[arg-type]
+                          for r in self.table]  # fmt: skip
+        value["speeds"] = [{**dataclasses.asdict(s), "kept": s.kept} for s in self.speeds]
+        value["unused"] = [dataclasses.asdict(s) for s in self.unused]
+        return value
+
+
+def quickstart(
+    task: str = "digits",
+    *,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    epochs: int | None = None,
+    limit: int | None = None,
+    families: Sequence[str] | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    repeats: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> QuickResult:
+    """What exits are worth on a task, measured on this machine; run, trace, costs and policies are left in `out`.
+
+    Args:
+        task: "digits" (a minute), "sst2" (about 12 minutes an epoch on two cores), or another job.
+        data: for tasks other than digits, the folder of data sets; None asks the hub.
+        out: where things are written; by default runs/<task>.
+        epochs, limit: fewer or more epochs, and at most so many training rows.
+        families: names in `offramp.compare.CHOICES`.
+        batch_sizes: to time live runs at.
+        repeats: of swapped halves, where calibration and test rows come from one split.
+        seed: of everything.
+        progress: bars and lines on standard error.
+
+    Raises:
+        DataError, MissingExtra: the data or a package is missing.
+    """
+    small = task == "digits"
+    families = tuple(families or (("max-prob", "beem-a", "eenet") if small else
+                                  ("max-prob", "entropy", "patience", "beem-c", "beem-a", "eenet")))  # fmt: skip
+    sizes = tuple(batch_sizes or ((1, 64) if small else (1, 8, 32, 128)))
+    folder = Path(out) if out is not None else Path("runs") / task
+    work = job(task, data=data, epochs=epochs, limit=limit, seed=seed)
+    model, tokenizer = work.build()
+    rows = work.load(work.splits[0], tokenizer)
+    begin = time.perf_counter()
+    report = train(
+        model, rows, objective=work.objective, recipe=work.recipe, checkpoint=folder / "checkpoint", progress=progress
+    )
+    model.eval()
+    options = {"epochs": epochs, "limit": limit, "seed": seed}
+    save_run(folder, task, options, model, report, objective=work.objective, recipe=work.recipe)
+    train_s = report.seconds if report.resumed_from is not None else time.perf_counter() - begin
+    pools, trace, test = _record(work, model, tokenizer, folder, repeats, seed, progress)
+    steps = tuple(sorted({2**i for i in range(12) if 2**i <= max(sizes)} | set(sizes)))
+    costs = measure(model, test.batch(torch.arange(min(len(test), 64))).inputs, batch_sizes=steps)
+    costs.save(folder / "costs.json")
+    table = _table(pools, trace, costs, families)
+    policies = {row.family: row.policy for row in table}
+    speeds, unused = time_table(model, policies, test, costs, sizes)
+    result = QuickResult(
+        task=task,
+        train_s=train_s,
+        exits=pools[0].test.accuracy() if len(pools) == 1 else trace.accuracy(),
+        rows=(len(rows), pools[0].fit.rows, pools[0].test.rows),
+        table=table,
+        speeds=speeds,
+        unused=unused,
+        parity=parity(model, policies, test, costs, tuple(sorted({1, 7, min(max(sizes), len(test))}))),
+        note=work.note,
+        machine=machine_line(),
+    )
+    write_json(folder / "result.json", result.to_dict())
+    return result
+
+
+def _record(
+    work: Job, model: MultiExitModel, tokenizer: Any, folder: Path, repeats: int, seed: int, progress: bool
+) -> tuple[tuple[Pool, ...], ExitTrace, Examples]:
+    """(pools, the trace of all held-out rows, the test rows), with the traces saved."""
+    _, first, second = work.splits
+    test = work.load(second, tokenizer)
+    test_trace = record(model, test, progress=progress)
+    test_trace.save(folder / f"{second}.safetensors")
+    if first == second:
+        if test_trace.rows < 4:
+            raise DataError(f"{work.name} has {test_trace.rows} held-out rows; expected at least 4 to halve.")
+        return halves(test_trace, repeats, seed=seed), test_trace, test
+    fit = record(model, work.load(first, tokenizer), progress=progress)
+    fit.save(folder / f"{first}.safetensors")
+    return (Pool(fit, test_trace, torch.arange(test_trace.rows)),), test_trace, test
+
+
+def _table(
+    pools: tuple[Pool, ...], trace: ExitTrace, costs: CostModel, families: Sequence[str]
+) -> tuple[Compared, ...]:
+    target = Budget(fraction=FRACTION)
+    if len(pools) == 1:
+        return compare(pools[0].fit, pools[0].test, costs, [target], families)
+    return compare_pooled(pools, trace.rows, costs, target, families)
+
+
+def batches_of(examples: Examples, size: int, *, rows: int = 256) -> list[Inputs]:
+    """Whole batches of `size` real rows in file order, about `rows` rows in all, at least one batch.
+
+    Raises:
+        DataError: there are fewer rows than one batch.
+    """
+    count = max(1, min(rows, len(examples)) // size)
+    if len(examples) < size:
+        raise DataError(f"there are {len(examples)} rows, fewer than one batch of {size}. Time smaller batches.")
+    return [examples.batch(torch.arange(i * size, (i + 1) * size)).inputs for i in range(count)]
+
+
+def time_table(
+    model: MultiExitModel, policies: dict[str, Any], test: Examples, costs: CostModel, sizes: Sequence[int], *,
+    rows: int = 256, seconds: float = 20.0,
+) -> tuple[tuple[Speed, ...], tuple[Speed, ...]]:  # fmt: skip
+    """(speeds of the policies, speeds with every exit visited and none taken) at each size that the rows fill."""
+    speeds: list[Speed] = []
+    unused: list[Speed] = []
+    _name, policy = next(iter(policies.items()))
+    for size in sizes:
+        if len(test) < size:
+            continue
+        everything = {**policies, "none taken": never(policy)}
+        took = time_policies(
+            model, everything, batches_of(test, size, rows=max(rows, 2 * size)), costs=costs, seconds=seconds
+        )
+        speeds += [s for s in took if s.policy != "none taken"]
+        unused += [s for s in took if s.policy == "none taken"]
+    return tuple(speeds), tuple(unused)
+
+
+def parity(
+    model: MultiExitModel, policies: dict[str, Any], test: Examples, costs: CostModel, sizes: Sequence[int]
+) -> dict[str, tuple[int, int, int]]:
+    """Per policy: (rows compared, rows near a decision, other rows whose live exit is not the simulated one)."""
+    trace = record(model, test, progress=False)
+    counts = {}
+    for name, policy in policies.items():
+        outcome, run = simulate(policy, trace, costs), Runtime(model, policy)
+        near = near_decision(policy, trace, outcome)
+        compared = differs = 0
+        for size in sizes:
+            parts = [torch.arange(i, min(i + size, len(test))) for i in range(0, len(test), size)]
+            live = torch.cat([run(test.batch(part).inputs).exit for part in parts])
+            compared += len(live)
+            differs += int(((live != outcome.exit) & ~near).sum())
+        counts[name] = (compared, int(near.sum()), differs)
+    return counts

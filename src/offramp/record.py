@@ -1,0 +1,111 @@
+"""Recording what every exit says about every row of a data set."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from offramp.data import Examples
+from offramp.errors import DataError, ShapeError, ValueRangeError
+from offramp.loaders import as_data, as_loader
+from offramp.meter import Meter
+from offramp.trace import ExitTrace
+
+__all__ = ["predict", "record", "to_device"]
+
+
+def record(
+    model: nn.Module,
+    data: Any,
+    *,
+    batch_size: int = 64,
+    ids: Sequence[Any] | None = None,
+    progress: bool = True,
+    precision: str = "fp32",
+) -> ExitTrace:
+    """The trace of a model over a data set: logits [exit row cls] and labels [row], rows in the data's order.
+
+    The model runs in eval mode, where it is, and comes back in the mode it was in.
+
+    Args:
+        data: `Examples`, a pair (inputs, labels), a torch Dataset with a length, or a DataLoader.
+        ids: what names every row; None takes the numbers of `Examples`, and counts the rows of other data.
+        precision: "fp32", or "bf16" for autocast; logits are kept as float32 either way.
+
+    Raises:
+        DataError: the data are empty or of no kind that can be used.
+        ShapeError, ValueRangeError: labels do not fit the model, or logits are NaN or infinite.
+    """
+    data = as_data(data)
+    logits, labels = predict(model, data, batch_size=batch_size, progress=progress, precision=precision)
+    if ids is None:
+        ids = data.ids.tolist() if isinstance(data, Examples) else range(logits.shape[1])
+    return ExitTrace(logits=logits, labels=labels, ids=tuple(str(name) for name in ids))
+
+
+def predict(
+    model: nn.Module, data: Any, *, batch_size: int = 64, progress: bool = False, precision: str = "fp32"
+) -> tuple[Float[Tensor, "exit row cls"], Int[Tensor, "row"] | None]:
+    """The logits of every exit and the labels (None when the data have none), on the CPU, rows in the data's order.
+
+    Raises:
+        DataError: the data are empty or of no kind that can be used.
+        ShapeError: the model's output is not [exit batch cls].
+        ValueRangeError: `precision` is neither "fp32" nor "bf16".
+    """
+    if precision not in ("fp32", "bf16"):
+        raise ValueRangeError(f"precision is {precision!r}; expected 'fp32' or 'bf16'.")
+    loader = as_loader(data, batch_size, bucket=True)
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    pieces: list[Tensor] = []
+    rows: list[Tensor] = []
+    labels: list[Tensor | None] = []
+    model.eval()
+    try:
+        with Meter("recording", total=_length(loader), show=progress) as meter, torch.inference_mode():
+            for batch in loader:
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    logits = model(to_device(batch.inputs, device))
+                if logits.ndim != 3:
+                    raise ShapeError(
+                        f"the model gave shape {list(logits.shape)}; expected [exit batch cls]. Use attach()."
+                    )
+                pieces.append(logits.float().cpu())
+                rows.append(batch.rows)
+                labels.append(batch.labels)
+                meter.advance()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not pieces:
+        raise DataError("the data set is empty. Give at least one row.")
+    place = torch.cat(rows)
+    # Filled outside inference mode, so that the trace can take part in autograd when a policy is fitted.
+    whole = torch.empty((pieces[0].shape[0], len(place), pieces[0].shape[2]))
+    whole[:, place] = torch.cat(pieces, dim=1)
+    known = [label for label in labels if label is not None]
+    if len(known) < len(labels):
+        return whole, None
+    answers = torch.empty(len(place), dtype=known[0].dtype)
+    answers[place] = torch.cat(known).cpu()
+    return whole, answers
+
+
+def to_device(inputs: Any, device: torch.device, channels_last: bool = False) -> Any:
+    """The inputs on the device; images with their channels innermost if asked."""
+    if isinstance(inputs, Mapping):
+        return {k: to_device(v, device, channels_last) for k, v in inputs.items()}
+    moved = inputs.to(device, non_blocking=True)
+    if channels_last and moved.ndim == 4:
+        return moved.contiguous(memory_format=torch.channels_last)
+    return moved
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:
+        return None

@@ -1,0 +1,172 @@
+"""A run directory: what was trained and how, and its weights. Read again by the command line and by quickstart.
+
+run.json              task, options, figures of the training, versions, machine, and the checksum of the weights
+model.safetensors     every parameter and buffer of the model with exits, once
+checkpoint/           the state of the training while it lasts
+"""
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from offramp.artefacts import read_json, write_atomically, write_json
+from offramp.checkpoints import named_tensors
+from offramp.errors import FormatError, OfframpError
+from offramp.jobs import JOBS, Job, job
+from offramp.machine import machine_line
+from offramp.model import MultiExitModel
+from offramp.objectives import Objective, objective_to_dict
+from offramp.recipe import Recipe, TrainReport
+
+__all__ = ["RUN", "WEIGHTS", "load_run", "read_run", "save_run"]
+
+KIND, VERSION = "offramp.run", 1
+RUN, WEIGHTS = "run.json", "model.safetensors"
+OPTIONS = ("epochs", "limit", "max_length", "seed")  # of `job`; `data` is a matter of the machine
+FIELDS = {"task", "options", "exits", "classes", "weights_sha256", "report"} | {
+    "objective", "recipe", "versions", "machine",
+}  # fmt: skip
+
+
+def save_run(
+    folder: str | Path,
+    task: str,
+    options: Mapping[str, Any],
+    model: MultiExitModel,
+    report: TrainReport,
+    *,
+    objective: Objective | None = None,
+    recipe: Recipe | None = None,
+) -> Path:
+    """The folder, after weights and `run.json` were written to it, each atomically.
+
+    A stop between the two leaves a checksum that does not fit, which `load_run` reports.
+
+    Args:
+        task: a name in `offramp.jobs.JOBS`.
+        options: of `job`, without `data`; `load_run` builds the network by them.
+        objective, recipe: what was used, for the record.
+    """
+    folder = Path(folder)
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named_tensors(model)}
+    write_atomically(folder / WEIGHTS, lambda partial: save_file(tensors, partial, metadata={"kind": KIND}))
+    fields = {
+        "task": task,
+        "options": {name: value for name, value in options.items() if name in OPTIONS and value is not None},
+        "exits": model.exits,
+        "classes": model.classes,
+        "weights_sha256": _sha256(folder / WEIGHTS),
+        "report": report.to_dict(),
+        "objective": None if objective is None else objective_to_dict(objective),
+        "recipe": None if recipe is None else recipe.describe(),
+        "versions": _versions(),
+        "machine": machine_line(),
+    }
+    write_json(folder / RUN, {"kind": KIND, "version": VERSION, "fields": fields})
+    return folder
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """The fields of `run.json`, checked.
+
+    Raises:
+        FormatError: there is no finished run, or the file is damaged, foreign or from a newer version.
+    """
+    folder = Path(folder)
+    path = folder / RUN
+    if not path.is_file():
+        state = "it does not exist" if not folder.exists() else "it has no run.json"
+        hint = "Train one first: offramp train TASK --out RUN."
+        if (folder / "checkpoint").is_dir():
+            hint = "Its training was stopped; the same `offramp train` command goes on with it."
+        raise FormatError(f"{folder} is not a run: {state}. {hint}")
+    value = read_json(path)
+    if value.get("kind") != KIND:
+        raise FormatError(f"{path} is a {value.get('kind')!r}; expected {KIND!r}. Give a folder that train wrote.")
+    if value.get("version") != VERSION:
+        raise FormatError(f"{path} is a run of version {value.get('version')!r}; this Offramp reads {VERSION}. Update.")
+    fields = value.get("fields")
+    if not isinstance(fields, dict) or set(fields) != FIELDS or not isinstance(fields["options"], dict):
+        raise FormatError(f"{path} is damaged: its fields are not those of a run. Train again.")
+    if fields["task"] not in JOBS or not set(fields["options"]) <= set(OPTIONS):
+        raise FormatError(
+            f"{path} is of the task {fields['task']!r} with options {sorted(fields['options'])}; "
+            f"expected one of {', '.join(JOBS)}, with {', '.join(OPTIONS)}. Train again."
+        )
+    return fields
+
+
+def load_run(folder: str | Path, *, data: str | Path | None = None) -> tuple[Job, MultiExitModel, Any]:
+    """(job, model in eval mode, tokenizer or None) of a finished run.
+
+    Args:
+        data: the folder of data sets that the job loads splits from; None asks the hub.
+
+    Raises:
+        FormatError: there is no finished run, or a file of it is damaged, foreign or from a newer version.
+        MissingExtra: the network needs a package that is not installed.
+    """
+    folder = Path(folder)
+    fields = read_run(folder)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise FormatError(f"{weights} does not exist, though {RUN} does. Copy the whole folder, or train again.")
+    if _sha256(weights) != fields["weights_sha256"]:
+        raise FormatError(
+            f"{weights} does not have the checksum in {RUN}: it is damaged, or another run's. "
+            "Copy the whole folder again, or train again."
+        )
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{weights} is not a readable safetensors file: {error}. Train again.") from None
+    try:
+        work = job(fields["task"], data=data, **fields["options"])
+    except (OfframpError, TypeError) as error:
+        raise FormatError(f"{folder / RUN} has options that make no job: {error} Train again.") from None
+    model, tokenizer = work.build()
+    _fill(model, tensors, weights)
+    return work, model.eval(), tokenizer
+
+
+def _fill(model: MultiExitModel, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Nothing; the tensors are copied into the model, which must have the same names and shapes."""
+    places = dict(named_tensors(model))
+    missing, foreign = sorted(set(places) - set(tensors)), sorted(set(tensors) - set(places))
+    wrong = [
+        f"{name} is {list(tensors[name].shape)}, expected {list(place.shape)}"
+        for name, place in places.items()
+        if name in tensors and tensors[name].shape != place.shape
+    ]
+    if missing or foreign or wrong:
+        told = [*wrong, *(f"{name} is missing" for name in missing), *(f"{name} is foreign" for name in foreign)]
+        raise FormatError(
+            f"{path} does not fit the task's network: {'; '.join(told[:3])}{' ...' if len(told) > 3 else ''}. "
+            "It is from another version of Offramp or of the network's package; train again."
+        )
+    with torch.no_grad():
+        for name, place in places.items():
+            place.copy_(tensors[name])
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("offramp", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,121 @@
+"""Measured speed of a policy: whole live runs against the plain model in the same engine, taking turns."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from offramp.cost import CostModel
+from offramp.errors import DataError
+from offramp.inputs import Inputs, batch_size
+from offramp.machine import alternate, waiter
+from offramp.model import MultiExitModel
+from offramp.policies.base import Policy
+from offramp.runtime import Runtime
+
+__all__ = ["Speed", "never", "time_policies"]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one policy took at one batch size, heads, policy and regrouping included.
+
+    Args:
+        batch_size: rows per call.
+        policy: its name.
+        plain_ms: median milliseconds per batch of the plain model (the faster of the original and its exported graph).
+        policy_ms: median milliseconds per batch of the live run on the same rows.
+        spread_ms: interquartile range of `policy_ms` over rounds.
+        speedup: plain_ms / policy_ms.
+        promise: the speed-up that the stages alone allow, each timed at the sizes that reached it; None if not timed.
+        shares: of rows that left at each exit.
+    """
+
+    batch_size: int
+    policy: str
+    plain_ms: float
+    policy_ms: float
+    spread_ms: float
+    speedup: float
+    promise: float | None
+    shares: tuple[float, ...]
+
+    @property
+    def kept(self) -> float | None:
+        """The part of the promise that the live run kept."""
+        return None if self.promise is None else self.speedup / self.promise
+
+
+def time_policies(
+    model: MultiExitModel,
+    policies: dict[str, Policy],
+    batches: Sequence[Inputs],
+    *,
+    costs: CostModel | None = None,
+    rounds: int = 9,
+    seconds: float = 6.0,
+) -> tuple[Speed, ...]:
+    """One measured speed per policy, on the same batches (all of one size), in alternating rounds over all of them.
+
+    Args:
+        model: from `attach`.
+        policies: by name.
+        batches: real rows, so that exit shares are real; all with the same number of rows.
+        costs: from `measure`, for the promise.
+        rounds, seconds: at most so many rounds, and about so long.
+
+    Raises:
+        DataError: no batches, or batches of different sizes.
+    """
+    sizes = {batch_size(b) for b in batches}
+    if len(sizes) != 1:
+        raise DataError(f"timing needs at least one batch, all of one size; got sizes {sorted(sizes)}.")
+    size, stages = sizes.pop(), model.stages()
+    runs = {name: Runtime(model, policy) for name, policy in policies.items()}
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            contenders: dict[str, Callable[[], object]] = {f"policy {n}": _over(r, batches) for n, r in runs.items()}
+            contenders |= {"plain": _over(model.plain, batches), "whole": _over(stages.whole, batches)}
+            took = alternate(contenders, rounds=rounds, seconds=seconds, after=waiter(batches[0]))
+            exits = {name: [run(b).exit.cpu() for b in batches] for name, run in runs.items()}
+    finally:
+        model.train(training)
+    plain_s = min(took["plain"].median_s, took["whole"].median_s)
+    speeds = []
+    for name in policies:
+        mine = took[f"policy {name}"]
+        counts = [torch.bincount(e, minlength=model.exits) for e in exits[name]]
+        total = torch.stack(counts).sum(dim=0).double()
+        promise = None
+        if costs is not None and costs.timed:
+            bare = sum(costs.stages_s(c.tolist()) for c in counts)
+            promise = plain_s / bare
+        per = 1000.0 / len(batches)
+        speeds.append(
+            Speed(
+                batch_size=size,
+                policy=name,
+                plain_ms=plain_s * per,
+                policy_ms=mine.median_s * per,
+                spread_ms=mine.spread_s * per,
+                speedup=plain_s / mine.median_s,
+                promise=promise,
+                shares=tuple((total / total.sum()).tolist()),
+            )
+        )
+    return tuple(speeds)
+
+
+def _over(call: Callable[[Inputs], object], batches: Sequence[Inputs]) -> Callable[[], object]:
+    return lambda: [call(batch) for batch in batches]
+
+
+def never(policy: Policy) -> Policy:
+    """The policy with every exit visited and none taken: thresholds that no score reaches."""
+    if hasattr(policy, "patience"):
+        return replace(policy, patience=10**6, enabled=None)  # type: ignore[type-var, call-arg]
+    thresholds = policy.thresholds  # type: ignore[attr-defined]
+    count = len(thresholds) if isinstance(thresholds, tuple) else 1
+    return replace(policy, thresholds=(1e6,) * count if count > 1 else 1e6)  # type: ignore[type-var, call-arg]

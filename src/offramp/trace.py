@@ -1,0 +1,156 @@
+"""What every exit said about every row: the one input of calibration and simulation."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from offramp.artefacts import write_atomically
+from offramp.errors import DataError, FormatError, ShapeError
+from offramp.shapes import check_finite, check_labels, check_shape
+from offramp.splits import stratified_split
+
+__all__ = ["ExitTrace"]
+
+KIND, VERSION = "offramp.trace", 1
+
+
+@dataclass(frozen=True, eq=False)
+class ExitTrace:
+    """Logits of every exit for every row, in the rows' order.
+
+    Args:
+        logits: float [exit row cls]; kept as float32 on the CPU. The last exit is the model's own output.
+        labels: class indices int64 [row], or None when they are not known.
+        signals: float [exit row sig], what a policy may declare in `needs` beyond logits, or None.
+        ids: one string per row, or None; they say which rows were used for what.
+        source: a line that says what was recorded, for reports.
+
+    Raises:
+        ShapeError, ValueRangeError: wrong axes, no rows, labels outside the classes, NaN or infinite logits.
+    """
+
+    logits: Float[Tensor, "exit row cls"]
+    labels: Int64[Tensor, "row"] | None = None
+    signals: Float[Tensor, "exit row sig"] | None = None
+    ids: tuple[str, ...] | None = None
+    source: str = field(default="")
+
+    def __post_init__(self) -> None:
+        logits = check_shape(torch.as_tensor(self.logits), "exit row cls", "logits")
+        if not logits.dtype.is_floating_point:
+            raise ShapeError(f"logits have dtype {logits.dtype}; expected floats.")
+        exits, rows, classes = logits.shape
+        if rows == 0:
+            raise DataError("the trace has no rows. Record at least one row; check that the data set is not empty.")
+        if exits == 0 or classes == 0:
+            raise ShapeError(f"logits have shape {list(logits.shape)}; expected at least 1 exit and 1 class.")
+        put = object.__setattr__
+        put(self, "logits", check_finite(logits.detach().to("cpu", torch.float32), "logits [exit row cls]"))
+        if self.labels is not None:
+            put(self, "labels", check_labels(torch.as_tensor(self.labels).cpu(), rows, classes))
+        if self.signals is not None:
+            signals = check_shape(torch.as_tensor(self.signals), "exit row sig", "signals")
+            if tuple(signals.shape[:2]) != (exits, rows):
+                raise ShapeError(f"signals have shape {list(signals.shape)}; expected [{exits}, {rows}, sig].")
+            put(self, "signals", check_finite(signals.detach().to("cpu", torch.float32), "signals [exit row sig]"))
+        if self.ids is not None:
+            put(self, "ids", tuple(str(i) for i in self.ids))
+            if len(self.ids) != rows:
+                raise ShapeError(f"there are {len(self.ids)} ids for {rows} rows; expected one per row.")
+
+    @property
+    def exits(self) -> int:
+        """E, the number of exits, the model's own output included."""
+        return self.logits.shape[0]
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return self.logits.shape[1]
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return self.logits.shape[2]
+
+    def known_labels(self, why: str) -> Int64[Tensor, "row"]:
+        """The labels int64 [row].
+
+        Raises:
+            DataError: there are none; `why` says what they are needed for.
+        """
+        if self.labels is None:
+            raise DataError(f"{why} needs labels, and this trace has none. Record it from labelled data.")
+        return self.labels
+
+    def accuracy(self) -> tuple[float, ...]:
+        """Each exit's accuracy on all rows."""
+        right = self.logits.argmax(dim=-1) == self.known_labels("accuracy")
+        return tuple(right.double().mean(dim=1).tolist())
+
+    def select(self, rows: Tensor) -> "ExitTrace":
+        """The trace of some rows: int64 [n] indices, or bool [row].
+
+        Raises:
+            ShapeError: there is not one flag per row.
+            DataError: no row is selected.
+        """
+        if rows.dtype == torch.bool and rows.shape != (self.rows,):
+            raise ShapeError(f"rows has shape {list(rows.shape)}; expected [{self.rows}], one flag per row.")
+        index = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+        return ExitTrace(
+            logits=self.logits[:, index],
+            labels=None if self.labels is None else self.labels[index],
+            signals=None if self.signals is None else self.signals[:, index],
+            ids=None if self.ids is None else tuple(self.ids[i] for i in index.tolist()),
+            source=self.source,
+        )
+
+    def split(self, shares: Sequence[float | int] = (0.4, 0.3, 0.3), *, seed: int = 0) -> tuple["ExitTrace", ...]:
+        """One trace per share, e.g. (fit, certify, test): seeded, disjoint, each with the classes in proportion."""
+        strata = self.labels if self.labels is not None else torch.zeros(self.rows, dtype=torch.int64)
+        return tuple(self.select(rows) for rows in stratified_split(strata, tuple(shares), seed=seed))
+
+    def save(self, path: str | Path) -> Path:
+        """The path, after the trace was written to it as safetensors (atomically)."""
+        tensors = {"logits": self.logits.contiguous()}
+        if self.labels is not None:
+            tensors["labels"] = self.labels.contiguous()
+        if self.signals is not None:
+            tensors["signals"] = self.signals.contiguous()
+        about = {"kind": KIND, "version": str(VERSION), "source": self.source}
+        if self.ids is not None:
+            about["ids"] = json.dumps(self.ids)
+        return write_atomically(path, lambda partial: save_file(tensors, partial, metadata=about))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ExitTrace":
+        """The trace in a file that `save` wrote.
+
+        Raises:
+            FormatError: the file is missing, damaged, not a trace, or from a newer version.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except FileNotFoundError:
+            raise FormatError(f"{path} does not exist. Record a trace first, or check the path.") from None
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{path} is not a readable safetensors file: {error}. Record the trace again.") from None
+        if about.get("kind") != KIND or not {"logits"} <= set(tensors) <= {"logits", "labels", "signals"}:
+            raise FormatError(f"{path} holds {sorted(tensors)}, not an exit trace. Give a file that record wrote.")
+        if about.get("version") != str(VERSION):
+            raise FormatError(f"{path} is a trace of version {about.get('version')}; this Offramp reads {VERSION}.")
+        try:
+            ids = tuple(json.loads(about["ids"])) if "ids" in about else None
+            return cls(ids=ids, source=about.get("source", ""), **tensors)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise FormatError(f"{path} is a damaged trace: {error} Record it again.") from None
