@@ -57,9 +57,8 @@ def attach(
     if classes not in (None, logits.shape[1]):
         raise ShapeError(f"{type(model).__name__} gives {logits.shape[1]} classes; expected classes={classes}.")
     _check_taps(taps, probe, rows, logits)
-    wishes = list(head) if isinstance(head, Sequence | nn.ModuleList) and not isinstance(head, str) else head
     shapes = [tuple(probe.tensors[k].shape) for k in range(len(taps))]
-    heads = build_heads(wishes, shapes, logits.shape[1], model)
+    heads = build_heads(head, shapes, logits.shape[1], model)
     for k, module in enumerate(heads):
         module.to(device=probe.tensors[k].device, dtype=probe.tensors[k].dtype)
     order = sorted(range(len(taps)), key=lambda k: probe.order[k])

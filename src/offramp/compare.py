@@ -14,6 +14,7 @@ from offramp.errors import ValueRangeError
 from offramp.metrics import accuracy_interval
 from offramp.policies import BEEM, EENet, Entropy, MaxProb, Patience, Policy
 from offramp.simulate import Outcome, simulate
+from offramp.splits import stratified_split
 from offramp.trace import ExitTrace
 
 __all__ = ["CHOICES", "Compared", "Pool", "calibrate_choice", "choice", "compare", "compare_pooled", "drift", "halves"]
@@ -115,16 +116,14 @@ def halves(trace: ExitTrace, repeats: int = 20, *, seed: int = 0) -> tuple[Pool,
     """Two pools per repeat: a seeded half to calibrate on and the other to test on, then swapped."""
     pools = []
     for repeat in range(repeats):
-        parts = trace_halves(trace, seed + repeat)
+        parts = _halves_of(trace, seed + repeat)
         for one, other in (parts, parts[::-1]):
             pools.append(Pool(trace.select(one), trace.select(other), other))
     return tuple(pools)
 
 
-def trace_halves(trace: ExitTrace, seed: int) -> tuple[Tensor, Tensor]:
+def _halves_of(trace: ExitTrace, seed: int) -> tuple[Tensor, Tensor]:
     """Row indices of two halves with the classes in proportion."""
-    from offramp.splits import stratified_split
-
     strata = trace.labels if trace.labels is not None else torch.zeros(trace.rows, dtype=torch.int64)
     one, other = stratified_split(strata, (0.5, 0.5), seed=seed)
     return one, other

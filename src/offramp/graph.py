@@ -26,6 +26,7 @@ __all__ = [
     "eval_mode",
     "first_line",
     "free_symbols",
+    "own_precision",
     "refuse",
     "three_rows",
     "trace",

@@ -124,7 +124,8 @@ def _text(name: str, data: str | Path | None, epochs: int, limit: int | None, ma
             network, tokenizer = minilm(len(classes))
             example = dict(tokenizer(["a first sentence", "and another one"], padding=True, return_tensors="pt"))
             at = tuple(f"bert.encoder.layer.{i}" for i in range(5))
-            return attach(network, at=at, head="pooler", example=example), tokenizer
+            # the first token of MiniLM's early layers holds next to nothing: it was trained by the mean
+            return attach(network, at=at, head="mean", example=example), tokenizer
 
     def load(split: str, tokenizer: Any) -> Examples:
         rows = load_text(name, data, split, tokenizer, max_length=max_length)
@@ -137,7 +138,7 @@ def _text(name: str, data: str | Path | None, epochs: int, limit: int | None, ma
             "SST-2's training rows are phrases and its validation rows are sentences, so thresholds are calibrated on "
             "half of the sentences and tested on the other half. Calibrated on held-out phrases, policies overspend."
         )
-    recipe = Recipe(epochs=epochs, batch_size=32, lr=5e-5, precision=fast_precision(), seed=seed)
+    recipe = Recipe(epochs=epochs, batch_size=32, lr=5e-5, head_lr=1e-3, precision=fast_precision(), seed=seed)
     return Job(name, build, load, ("train", held_out, held_out), DepthWeighted(), recipe, classes, note)
 
 

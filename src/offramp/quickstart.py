@@ -1,7 +1,6 @@
 """The main job, end to end: train a network with exits, calibrate policies to half the cost, and time them live."""
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from offramp.artefacts import write_json
-from offramp.compare import Compared, Pool, compare, compare_pooled, halves
+from offramp.compare import CHOICES, Compared, Pool, compare, compare_pooled, halves
 from offramp.cost import Budget, CostModel
 from offramp.data import Examples
 from offramp.errors import DataError
@@ -31,6 +30,7 @@ from offramp.train import train
 __all__ = ["QuickResult", "batches_of", "parity", "quickstart", "time_table"]
 
 FRACTION = 0.5
+SMALL = ("max-prob", "beem-a", "eenet")
 
 
 @dataclass(frozen=True)
@@ -101,33 +101,25 @@ def quickstart(
         DataError, MissingExtra: the data or a package is missing.
     """
     small = task == "digits"
-    families = tuple(families or (("max-prob", "beem-a", "eenet") if small else
-                                  ("max-prob", "entropy", "patience", "beem-c", "beem-a", "eenet")))  # fmt: skip
+    names = tuple(families or (SMALL if small else tuple(CHOICES)))
     sizes = tuple(batch_sizes or ((1, 64) if small else (1, 8, 32, 128)))
     folder = Path(out) if out is not None else Path("runs") / task
     work = job(task, data=data, epochs=epochs, limit=limit, seed=seed)
     model, tokenizer = work.build()
-    rows = work.load(work.splits[0], tokenizer)
-    begin = time.perf_counter()
-    report = train(
-        model, rows, objective=work.objective, recipe=work.recipe, checkpoint=folder / "checkpoint", progress=progress
-    )
-    model.eval()
     options = {"epochs": epochs, "limit": limit, "seed": seed}
-    save_run(folder, task, options, model, report, objective=work.objective, recipe=work.recipe)
-    train_s = report.seconds if report.resumed_from is not None else time.perf_counter() - begin
+    rows, train_s = _train(work, model, tokenizer, folder, options, progress)
     pools, trace, test = _record(work, model, tokenizer, folder, repeats, seed, progress)
     steps = tuple(sorted({2**i for i in range(12) if 2**i <= max(sizes)} | set(sizes)))
     costs = measure(model, test.batch(torch.arange(min(len(test), 64))).inputs, batch_sizes=steps)
     costs.save(folder / "costs.json")
-    table = _table(pools, trace, costs, families)
+    table = _table(pools, trace, costs, names)
     policies = {row.family: row.policy for row in table}
     speeds, unused = time_table(model, policies, test, costs, sizes)
     result = QuickResult(
         task=task,
         train_s=train_s,
-        exits=pools[0].test.accuracy() if len(pools) == 1 else trace.accuracy(),
-        rows=(len(rows), pools[0].fit.rows, pools[0].test.rows),
+        exits=trace.accuracy(),
+        rows=(rows, pools[0].fit.rows, pools[0].test.rows),
         table=table,
         speeds=speeds,
         unused=unused,
@@ -137,6 +129,19 @@ def quickstart(
     )
     write_json(folder / "result.json", result.to_dict())
     return result
+
+
+def _train(
+    work: Job, model: MultiExitModel, tokenizer: Any, folder: Path, options: dict[str, Any], progress: bool
+) -> tuple[int, float]:
+    """(training rows, seconds of training), with the run saved. A stopped training goes on where it was."""
+    rows = work.load(work.splits[0], tokenizer)
+    report = train(
+        model, rows, objective=work.objective, recipe=work.recipe, checkpoint=folder / "checkpoint", progress=progress
+    )
+    model.eval()
+    save_run(folder, work.name, options, model, report, objective=work.objective, recipe=work.recipe)
+    return len(rows), report.seconds
 
 
 def _record(

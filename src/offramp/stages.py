@@ -218,9 +218,7 @@ def _misfit(name: str, axes: Axes, tensor: Tensor) -> ShapeError:
     expected = ", ".join(str(n) if isinstance(n, int) else f"n{n[0]}" if n[0] else "batch" for n in axes)
     return ShapeError(
         f"Input {name!r} has shape {list(tensor.shape)}; the stages were cut for [{expected}], "
-        "with the same batch in all inputs. Give attach dynamic={'"
-        + traced.names[i]
-        + "': (axis, ...)} for other lengths."
+        f"with the same lengths in all inputs. Give attach dynamic={{{name!r}: (axis, ...)}} for other lengths."
     )
 
 

@@ -4,16 +4,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from offramp.cost import CostModel
 from offramp.errors import DataError
 from offramp.inputs import Inputs, batch_size
 from offramp.machine import alternate, waiter
 from offramp.model import MultiExitModel
-from offramp.policies.base import Policy
+from offramp.policies.base import Evidence, Policy, visits
 from offramp.runtime import Runtime
+from offramp.trace import ExitTrace
 
-__all__ = ["Speed", "never", "time_policies"]
+__all__ = ["Speed", "never", "time_policies", "with_step_times"]
 
 
 @dataclass(frozen=True)
@@ -119,3 +121,31 @@ def never(policy: Policy) -> Policy:
     thresholds = policy.thresholds  # type: ignore[attr-defined]
     count = len(thresholds) if isinstance(thresholds, tuple) else 1
     return replace(policy, thresholds=(1e6,) * count if count > 1 else 1e6)  # type: ignore[type-var, call-arg]
+
+
+def with_step_times(costs: CostModel, policy: Policy, trace: ExitTrace, *, seconds: float = 0.3) -> CostModel:
+    """The cost model with the measured seconds of one policy step (decision and choice of rows) at each timed size.
+
+    Measured on the trace's logits, on the CPU. A budget in milliseconds then counts decisions beside stages and heads.
+
+    Args:
+        seconds: about so long per batch size.
+    """
+    visited = visits(policy, trace.exits)
+    timed = []
+    for row in costs.timed:
+        everyone = torch.arange(row.batch_size)
+        logits = trace.logits[:, everyone % trace.rows]
+
+        def decide(logits: Tensor = logits, everyone: Tensor = everyone) -> None:
+            state = None
+            for k in visited:
+                seen = Evidence(logits[k])
+                step = policy.step(k, seen, policy.init(seen) if state is None else state)
+                int(step.stop.sum())  # the runtime waits for this count, then regroups
+                state = tuple(part[everyone] for part in step.state)
+
+        with torch.inference_mode():
+            took = alternate({"steps": decide}, rounds=50, seconds=seconds)["steps"]
+        timed.append(replace(row, step_s=took.median_s / len(visited)))
+    return replace(costs, timed=tuple(timed))

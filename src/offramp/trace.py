@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,7 +27,7 @@ class ExitTrace:
 
     Args:
         logits: float [exit row cls]; kept as float32 on the CPU. The last exit is the model's own output.
-        labels: class indices int64 [row], or None when they are not known.
+        labels: class indices [row], kept as int64, or None when they are not known.
         signals: float [exit row sig], what a policy may declare in `needs` beyond logits, or None.
         ids: one string per row, or None; they say which rows were used for what.
         source: a line that says what was recorded, for reports.
@@ -37,7 +37,7 @@ class ExitTrace:
     """
 
     logits: Float[Tensor, "exit row cls"]
-    labels: Int64[Tensor, "row"] | None = None
+    labels: Int[Tensor, "row"] | None = None
     signals: Float[Tensor, "exit row sig"] | None = None
     ids: tuple[str, ...] | None = None
     source: str = field(default="")

@@ -125,7 +125,7 @@ def _fit_patience(trace: ExitTrace, spend: Spend) -> Patience:
     for patience in range(len(spend.visited)):
         policy = Patience(patience, _plain_flags(spend.enabled))
         shares = simulate(policy, trace, spend.costs).shares
-        if spend.costs.spent(shares, spend.budget, spend.enabled) > spend.amount:
+        if spend.costs.spent(shares, spend.budget, spend.enabled) > spend.limit:
             break
         best = policy
     return best

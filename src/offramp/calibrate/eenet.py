@@ -250,7 +250,7 @@ def _fit_thresholds(
         never = float(scores.max()) + 1.0 if scores.numel() else 0.0
         usable = tuple(t if flag else never for t, flag in zip(thresholds, on, strict=True))
         spent = spend.mean(leave(scores, usable))
-        if spent <= spend.amount:
+        if spent <= spend.limit:
             low = tilt
             if best is None or spent > best[0]:
                 best = (spent, thresholds, on)

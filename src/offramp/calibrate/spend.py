@@ -24,6 +24,11 @@ class Spend:
         return self.budget.amount
 
     @property
+    def limit(self) -> float:
+        """The largest cost that meets the budget: the amount, with room for rounding of sums."""
+        return self.amount * (1 + 1e-9)
+
+    @property
     def visited(self) -> tuple[int, ...]:
         """The exits that are on, and the last."""
         return tuple(k for k, on in enumerate(self.costs.visited(self.enabled)) if on)

@@ -53,7 +53,7 @@ def fit_thresholds(scores: Float[Tensor, "early row"], spend: Spend) -> Fitted |
     low, high = -1, len(candidates) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if spend.mean(shares_at(_below(candidates, middle))) <= spend.amount:
+        if spend.mean(shares_at(_below(candidates, middle))) <= spend.limit:
             low = middle
         else:
             high = middle - 1
@@ -78,7 +78,7 @@ def _raise(scores: Float[Tensor, "early row"], fitted: Fitted, spend: Spend, ord
             thresholds = (*fitted.thresholds[:k], steps[middle], *fitted.thresholds[k + 1 :])
             shares = leave(scores, thresholds)
             cost = spend.mean(shares)
-            if cost > spend.amount:
+            if cost > spend.limit:
                 high = middle - 1
                 continue
             low = middle

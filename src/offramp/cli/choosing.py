@@ -9,7 +9,10 @@ from offramp.cli.options import CostsOption, Family, JsonOption, SeedOption, Tra
 from offramp.cli.show import compared, compared_rows, note, percents, result
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from offramp.calibrate import ErrorRate
+    from offramp.compare import Compared
     from offramp.cost import Budget
 
 __all__ = ["INFEASIBLE", "budgets_of", "calibrate", "compare", "families_of", "target_of"]
@@ -42,34 +45,21 @@ def calibrate(
     check_out(out)
     from offramp.compare import calibrate_choice
     from offramp.cost import CostModel
-    from offramp.policies import to_dict
     from offramp.simulate import simulate
     from offramp.trace import ExitTrace
 
     rows, prices = ExitTrace.load(trace), CostModel.load(costs)
     found = calibrate_choice(policy.value, rows, prices, target)
+    if ms is not None:  # the first policy's decisions are timed, then they count in the budget
+        from offramp.timing import with_step_times
+
+        prices = with_step_times(prices, found.policy, rows)
+        found = calibrate_choice(policy.value, rows, prices, target)
     shares = simulate(found.policy, rows, prices).shares
     written = found.status != "infeasible" or force
     if written:
         found.save(out)
-    result(
-        {
-            "status": found.status,
-            "message": found.message,
-            "achieved": found.achieved,
-            "target": str(found.target),
-            "rows": found.rows,
-            "shares": shares,
-            "policy": to_dict(found.policy),
-            "out": str(out) if written else None,
-        },
-        (
-            f"{found.status}: {found.message}",
-            f"left at each exit: {percents(shares)}, of {found.rows} rows",
-            *([f"wrote {out}"] if written else []),
-        ),
-        json_out,
-    )
+    _say(found, shares, out if written else None, json_out)
     if found.status == "infeasible":
         note(
             "wrote the cheapest policy all the same." if force else "nothing was written; --force writes the cheapest."
@@ -99,18 +89,31 @@ def compare(
     from offramp.trace import ExitTrace
 
     rows, prices = ExitTrace.load(trace), CostModel.load(costs)
-    targets = [Budget(fraction=fraction) for fraction in fractions]
+    jobs = [(Budget(fraction=fraction), name) for fraction in fractions for name in names]
     if test is not None:
-        table = run(rows, ExitTrace.load(test), prices, targets, names)
+        judged = ExitTrace.load(test)
+        table = _each(jobs, lambda target, name: run(rows, judged, prices, [target], [name]))
         how = f"calibrated on {rows.rows} rows of {trace}, judged on {test}"
     else:
         pools = halves(rows, repeats, seed=seed)
-        table = tuple(row for t in targets for row in compare_pooled(pools, rows.rows, prices, t, names))
+        table = _each(jobs, lambda target, name: compare_pooled(pools, rows.rows, prices, target, [name]))
         how = f"{repeats} times one half of the {rows.rows} rows calibrates and the other judges, and back"
     if json_out:
         result({"how": how, "rows": compared_rows(table)}, (), True)
     else:
         compared(table, f"Cost as a part of the plain model's; {how}")
+
+
+def _each(jobs: "list[tuple[Budget, str]]", call: "Callable[[Budget, str], tuple[Compared, ...]]") -> "list[Compared]":
+    """The rows of all jobs, with a bar that says how long is left: EENet is fitted anew on every half."""
+    from offramp.meter import Meter
+
+    table: list[Compared] = []
+    with Meter("comparing", len(jobs), show=True) as meter:
+        for target, name in jobs:
+            table += call(target, name)
+            meter.advance()
+    return table
 
 
 def target_of(
@@ -163,3 +166,20 @@ def budgets_of(text: str) -> tuple[float, ...]:
             f"--budgets is {text!r}; expected FIRST:LAST:STEP, e.g. 0.3:0.9:0.1, or numbers above 0 with commas."
         )
     return found
+
+
+def _say(found: "Calibration", shares: tuple[float, ...], written: Path | None, json_out: bool) -> None:
+    from offramp.policies import to_dict
+
+    value = {
+        "status": found.status,
+        "message": found.message,
+        "achieved": found.achieved,
+        "target": str(found.target),
+        "rows": found.rows,
+        "shares": shares,
+        "policy": to_dict(found.policy),
+        "out": None if written is None else str(written),
+    }
+    lines = [f"{found.status}: {found.message}", f"left at each exit: {percents(shares)}, of {found.rows} rows"]
+    result(value, lines if written is None else [*lines, f"wrote {written}"], json_out)

@@ -68,9 +68,11 @@ def compared_rows(rows: Iterable[Any]) -> list[dict[str, Any]]:
     """Rows of `offramp.compare` as JSON objects."""
     from offramp.policies import to_dict
 
-    return [
-        {**dataclasses.asdict(dataclasses.replace(row, policy=None)), "policy": to_dict(row.policy)} for row in rows
-    ]
+    found = []
+    for row in rows:
+        values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+        found.append({**values, "policy": to_dict(row.policy)})
+    return found
 
 
 def compared(rows: Sequence[Any], title: str) -> None:

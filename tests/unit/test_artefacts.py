@@ -1,0 +1,59 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from offramp.artefacts import read_json, write_atomically, write_json
+from offramp.errors import FormatError
+
+
+def test_round_trip(tmp_path):
+    path = write_json(tmp_path / "a" / "v.json", {"x": [1, 0.1, "ä", None]})
+    assert read_json(path) == {"x": [1, 0.1, "ä", None]}
+    assert os.listdir(path.parent) == ["v.json"]
+
+
+def test_a_failing_write_leaves_the_old_file_whole(tmp_path):
+    path = write_json(tmp_path / "v.json", {"old": 1})
+
+    def half(partial):
+        partial.write_text('{"new"')
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, half)
+    for bad in ({"x": float("nan")}, {"x": float("inf")}, {"x": object()}):
+        with pytest.raises((ValueError, TypeError)):
+            write_json(path, bad)
+    assert read_json(path) == {"old": 1}
+    assert os.listdir(tmp_path) == ["v.json"]
+
+
+def test_a_killed_write_leaves_the_old_file_whole(tmp_path):
+    path = write_json(tmp_path / "v.json", {"old": 1})
+    script = (
+        "import os, signal, sys\nfrom offramp.artefacts import write_atomically\n"
+        "def half(partial):\n    partial.write_text('{')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_atomically(sys.argv[1], half)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(path)], timeout=120).returncode == -9
+    assert read_json(path) == {"old": 1}
+    write_json(path, {"new": 2})
+    assert read_json(path) == {"new": 2}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"1", b"null", b"\xff\xfe", b'{"a": 1'])
+def test_no_json_object(tmp_path, content):
+    path = tmp_path / "v.json"
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=r"v\.json"):
+        read_json(path)
+
+
+def test_no_file(tmp_path):
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(FormatError):
+            read_json(path)
+    assert json.loads("{}") == {}
