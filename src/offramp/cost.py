@@ -177,7 +177,7 @@ class CostModel:
             return 1.0
         if budget.unit == "flops":
             return self.spent([0.0] * (self.exits - 1) + [1.0], budget) / self.cumulative()[-1]
-        return 1000.0 * _interpolate(self._times("plain_s"), budget.batch_size)
+        return 1000.0 * self.plain_s(budget.batch_size)
 
     def seconds(self, shares: Sequence[float | int], batch_size: int, enabled: tuple[bool, ...] | None = None) -> float:
         """The expected seconds of a batch whose rows leave independently with these shares, regrouped at every exit.
@@ -206,7 +206,11 @@ class CostModel:
             self,
             timed=tuple(dataclasses.replace(t, head_s=(0.0,) * self.exits, step_s=0.0) for t in self.timed),
         )
-        return _interpolate(self._times("plain_s"), batch_size) / bare.seconds(shares, batch_size)
+        return self.plain_s(batch_size) / bare.seconds(shares, batch_size)
+
+    def plain_s(self, rows: int) -> float:
+        """Seconds of the plain model on one batch of so many rows."""
+        return _interpolate(self._times("plain_s"), rows)
 
     def stages_s(self, left: Sequence[int]) -> float:
         """Seconds of the stages alone for one batch of which `left[k]` rows leave at exit k."""

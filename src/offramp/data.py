@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from offramp.errors import DataError, ShapeError, ValueRangeError
 from offramp.shapes import check_finite
 
-__all__ = ["Augment", "Batch", "Batches", "Examples", "Ragged", "batches", "seed_for"]
+__all__ = ["Augment", "Batch", "Batches", "Examples", "Ragged", "batches", "row_order", "seed_for"]
 
 Augment = Callable[[Any, Generator], Any]
 Rows = Int[Tensor, "batch"]

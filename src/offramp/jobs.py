@@ -75,11 +75,11 @@ def job(
         ValueRangeError: the name is unknown.
     """
     if name == "digits":
-        return _digits(epochs or 10, limit, seed)
+        return _digits(10 if epochs is None else epochs, limit, seed)
     if name == "cifar10":
-        return _cifar10(data, epochs or 30, limit, seed)
+        return _cifar10(data, 30 if epochs is None else epochs, limit, seed)
     if name in TEXT_TASKS:
-        return _text(name, data, epochs or EPOCHS.get(name, 3), limit, max_length, seed)
+        return _text(name, data, EPOCHS.get(name, 3) if epochs is None else epochs, limit, max_length, seed)
     raise ValueRangeError(f"unknown task {name!r}; expected one of {', '.join(JOBS)}.")
 
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from offramp.cost import CostModel, TimedCosts
 from offramp.errors import ValueRangeError
-from offramp.inputs import Inputs, batch_size, select_rows
+from offramp.inputs import Inputs, batch_size, select_rows, tensors_of
 from offramp.machine import alternate, machine_line, waiter
 from offramp.model import MultiExitModel
 
@@ -61,7 +61,8 @@ def measure(
 
 def repeat_rows(inputs: Inputs, size: int) -> Inputs:
     """The rows of `inputs` in turn, until there are `size`."""
-    return select_rows(inputs, torch.arange(size) % batch_size(inputs))
+    device = tensors_of(inputs)[0].device
+    return select_rows(inputs, torch.arange(size, device=device) % batch_size(inputs))
 
 
 def _flops(model: MultiExitModel, inputs: Inputs) -> tuple[list[float], list[float], float]:

@@ -19,6 +19,7 @@ from offramp.machine import machine_line
 from offramp.measure import measure
 from offramp.metrics import near_decision
 from offramp.model import MultiExitModel
+from offramp.policies import to_dict
 from offramp.record import record
 from offramp.runs import save_run
 from offramp.runtime import Runtime
@@ -39,6 +40,7 @@ class QuickResult:
 
     Args:
         task: its name.
+        split: the rows that policies were tested on.
         train_s: seconds of training.
         exits: accuracy of every exit on the test rows; the last is the model without exits.
         rows: (train, calibrate, test) counts.
@@ -51,6 +53,7 @@ class QuickResult:
     """
 
     task: str
+    split: str
     train_s: float
     exits: tuple[float, ...]
     rows: tuple[int, int, int]
@@ -63,9 +66,8 @@ class QuickResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as a JSON object; policies by their repr."""
-        value = dataclasses.asdict(dataclasses.replace(self, table=(), speeds=(), unused=()))
-        value["table"] = [{**dataclasses.asdict(dataclasses.replace(r, policy=None)), "policy": repr(r.policy)}  # type: ignore[arg-type]
-                          for r in self.table]  # fmt: skip
+        value = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        value["table"] = [{**vars(row), "policy": to_dict(row.policy)} for row in self.table]
         value["speeds"] = [{**dataclasses.asdict(s), "kept": s.kept} for s in self.speeds]
         value["unused"] = [dataclasses.asdict(s) for s in self.unused]
         return value
@@ -81,6 +83,7 @@ def quickstart(
     families: Sequence[str] | None = None,
     batch_sizes: Sequence[int] | None = None,
     repeats: int = 20,
+    seconds: float = 20.0,
     seed: int = 0,
     progress: bool = True,
 ) -> QuickResult:
@@ -94,6 +97,7 @@ def quickstart(
         families: names in `offramp.compare.CHOICES`.
         batch_sizes: to time live runs at.
         repeats: of swapped halves, where calibration and test rows come from one split.
+        seconds: of timing live runs per batch size; stages and heads get a tenth.
         seed: of everything.
         progress: bars and lines on standard error.
 
@@ -110,13 +114,14 @@ def quickstart(
     rows, train_s = _train(work, model, tokenizer, folder, options, progress)
     pools, trace, test = _record(work, model, tokenizer, folder, repeats, seed, progress)
     steps = tuple(sorted({2**i for i in range(12) if 2**i <= max(sizes)} | set(sizes)))
-    costs = measure(model, test.batch(torch.arange(min(len(test), 64))).inputs, batch_sizes=steps)
+    costs = measure(model, test.batch(torch.arange(min(len(test), 64))).inputs, batch_sizes=steps, seconds=seconds / 10)
     costs.save(folder / "costs.json")
     table = _table(pools, trace, costs, names)
     policies = {row.family: row.policy for row in table}
-    speeds, unused = time_table(model, policies, test, costs, sizes)
+    speeds, unused = time_table(model, policies, test, costs, sizes, seconds=seconds)
     result = QuickResult(
         task=task,
+        split=work.splits[2],
         train_s=train_s,
         exits=trace.accuracy(),
         rows=(rows, pools[0].fit.rows, pools[0].test.rows),

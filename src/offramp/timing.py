@@ -92,8 +92,8 @@ def time_policies(
         total = torch.stack(counts).sum(dim=0).double()
         promise = None
         if costs is not None and costs.timed:
-            bare = sum(costs.stages_s(c.tolist()) for c in counts)
-            promise = plain_s / bare
+            # both from one measurement: plain and stages took turns there
+            promise = len(batches) * costs.plain_s(size) / sum(costs.stages_s(c.tolist()) for c in counts)
         per = 1000.0 / len(batches)
         speeds.append(
             Speed(

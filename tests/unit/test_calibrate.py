@@ -121,7 +121,7 @@ def test_few_rows(way, rows):
     trace = synthetic(3, 4, rows)
     made = calibrate(family, trace, even(3), Budget(fraction=0.7), **settings)
     assert made.status in ("met", "best_effort")
-    assert made.achieved <= 0.7
+    assert made.achieved <= 0.7 * (1 + 1e-9)
     # every row can leave at exit 1, so at least that is reached by families with one threshold an exit
     if family in (MaxProb, Entropy):
         assert made.achieved >= 0.6
@@ -201,7 +201,7 @@ def test_exits_that_may_not_be_used(way):
     assert outcome.shares[0] == 0.0
     assert 0 not in visits(made.policy, 4)
     assert made.achieved == pytest.approx(outcome.cost)
-    assert made.achieved <= 0.8
+    assert made.achieved <= 0.8 * (1 + 1e-9)
     # the cheapest is now .5 + .1, not .25 + .1
     assert calibrate(
         family, trace, costs, Budget(fraction=0.59), enabled=(False, True, True, True), **settings
@@ -390,7 +390,7 @@ def test_eenet_on_odd_traces(name, trace, scorer):
         outcome = simulate(made.policy, trace, even(3))
         assert torch.isfinite(outcome.score).all()
         assert made.status in ("met", "best_effort")
-        assert made.achieved <= 0.7
+        assert made.achieved <= 0.7 * (1 + 1e-9)
         assert sum(outcome.shares) == pytest.approx(1.0)
 
 

@@ -202,25 +202,36 @@ def _show_quickstart(found: "QuickResult", folder: Path) -> None:
     line(f"{found.task}: trained in {found.train_s:.0f} s on {found.rows[0]} rows, calibrated on {found.rows[1]}, "
          f"tested on {found.rows[2]}")  # fmt: skip
     line("accuracy of each exit, the plain model last: " + ", ".join(map(percent, found.exits)))
-    compared(found.table, "Policies calibrated to half the cost, on test rows")
-    unused = {speed.batch_size: speed for speed in found.unused}
+    compared(found.table, "\nPolicies calibrated to half of the plain model's FLOPs (counted), on rows never seen")
     rows = [
         (
             speed.policy,
             str(speed.batch_size),
             f"{speed.plain_ms:.2f}",
             f"{speed.policy_ms:.2f}",
-            f"{speed.speedup:.2f}x",
+            f"{speed.spread_ms:.2f}",
+            f"{speed.speedup:.2f}x{' does not pay' if speed.speedup < 1 and speed in found.speeds else ''}",
+            "" if speed.promise is None else f"{speed.promise:.2f}x",
             "" if speed.kept is None else percent(speed.kept),
-            f"{unused[speed.batch_size].speedup:.2f}x" if speed.batch_size in unused else "",
             percents(speed.shares),
         )
-        for speed in found.speeds
+        for speed in sorted((*found.speeds, *found.unused), key=lambda speed: speed.batch_size)
     ]
-    columns = ("policy", "batch", "plain ms", "live ms", "speed-up", "of promise", "no exit taken", "left at each exit")
-    table("Measured live, regrouping included", columns, rows)
+    columns = ("policy", "batch", "plain ms", "live ms", "spread", "speed-up", "promise", "kept", "left at each exit")
+    table("\nMeasured live against the same network without exits, taking turns; heads, policy, regrouping included",
+          columns, rows)  # fmt: skip
     for name, (rows_compared, near, differ) in found.parity.items():
         line(f"{name}: {differ} of {rows_compared} live rows left at another exit than simulated "
              f"({near} rows so near a decision that rounding decides are not counted)")  # fmt: skip
+    if found.speeds:
+        best = max(found.speeds, key=lambda speed: speed.speedup)
+        row = next(row for row in found.table if row.family == best.policy)
+        line(f"\nBest: {best.policy} is {best.speedup:.2f} times as fast as the plain model at batch "
+             f"{best.batch_size}, with {percent(row.accuracy)} right against {percent(row.plain)}.")  # fmt: skip
     line(f"on {found.machine}")
-    line(f"files are in {folder}")
+    split = found.split
+    line(f"files are in {folder}; try next:")
+    line(f"  offramp compare {folder}/{split}.safetensors --costs {folder}/costs.json --budgets 0.4:0.9:0.1")
+    line(f"  offramp calibrate {folder}/{split}.safetensors --costs {folder}/costs.json --policy beem-a "
+         f"--fraction 0.6 --out {folder}/beem.json")  # fmt: skip
+    line(f"  offramp predict {folder} --policy {folder}/beem.json --split {split}")
