@@ -47,7 +47,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FormatError(f"{path} does not exist. Check the path.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # also numbers and nesting too large to read
         raise FormatError(f"{path} is not readable as JSON: {error}. Write it again.") from None
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds a JSON {type(value).__name__}; expected an object. Write it again.")

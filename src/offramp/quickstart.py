@@ -17,6 +17,7 @@ from offramp.inputs import Inputs
 from offramp.jobs import Job, job
 from offramp.machine import machine_line
 from offramp.measure import measure
+from offramp.meter import Meter
 from offramp.metrics import near_decision
 from offramp.model import MultiExitModel
 from offramp.policies import to_dict
@@ -65,7 +66,7 @@ class QuickResult:
     machine: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as a JSON object; policies by their repr."""
+        """The result as a JSON object."""
         value = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         value["table"] = [{**vars(row), "policy": to_dict(row.policy)} for row in self.table]
         value["speeds"] = [{**dataclasses.asdict(s), "kept": s.kept} for s in self.speeds]
@@ -113,27 +114,39 @@ def quickstart(
     options = {"epochs": epochs, "limit": limit, "seed": seed}
     rows, train_s = _train(work, model, tokenizer, folder, options, progress)
     pools, trace, test = _record(work, model, tokenizer, folder, repeats, seed, progress)
-    steps = tuple(sorted({2**i for i in range(12) if 2**i <= max(sizes)} | set(sizes)))
-    costs = measure(model, test.batch(torch.arange(min(len(test), 64))).inputs, batch_sizes=steps, seconds=seconds / 10)
-    costs.save(folder / "costs.json")
-    table = _table(pools, trace, costs, names)
-    policies = {row.family: row.policy for row in table}
-    speeds, unused = time_table(model, policies, test, costs, sizes, seconds=seconds)
     result = QuickResult(
         task=task,
         split=work.splits[2],
         train_s=train_s,
         exits=trace.accuracy(),
         rows=(rows, pools[0].fit.rows, pools[0].test.rows),
-        table=table,
-        speeds=speeds,
-        unused=unused,
-        parity=parity(model, policies, test, costs, tuple(sorted({1, 7, min(max(sizes), len(test))}))),
         note=work.note,
         machine=machine_line(),
+        **_figures(model, pools, trace, test, names, sizes, seconds, folder / "costs.json", progress),
     )
     write_json(folder / "result.json", result.to_dict())
     return result
+
+
+def _figures(
+    model: MultiExitModel, pools: tuple[Pool, ...], trace: ExitTrace, test: Examples, families: Sequence[str],
+    sizes: Sequence[int], seconds: float, costs_path: Path, progress: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The table of policies, their live speeds and the parity of live and simulated exits, by field of QuickResult."""
+    say = Meter("quickstart", None, progress).line
+    steps = tuple(sorted({2**i for i in range(12) if 2**i <= max(sizes)} | set(sizes)))
+    say(f"measuring stages at {len(steps)} batch sizes, about {len(steps) * seconds / 10:.0f} s")
+    typical = test.batch(torch.arange(min(len(test), 64))).inputs
+    costs = measure(model, typical, batch_sizes=steps, seconds=seconds / 10)
+    costs.save(costs_path)
+    say(f"calibrating {len(families)} policies on {len(pools)} split(s) of {trace.rows} rows")
+    table = _table(pools, trace, costs, families)
+    policies = {row.family: row.policy for row in table}
+    say(f"timing live runs at {len(sizes)} batch sizes, {seconds:.0f} s each, or three rounds where they take longer")
+    speeds, unused = time_table(model, policies, test, costs, sizes, seconds=seconds)
+    say("comparing live exits with simulated ones")
+    same = parity(model, policies, test, costs, tuple(sorted({1, 7, min(max(sizes), len(test))})))
+    return {"table": table, "speeds": speeds, "unused": unused, "parity": same}
 
 
 def _train(

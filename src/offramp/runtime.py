@@ -7,6 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from offramp.errors import ShapeError, ValueRangeError
+from offramp.graph import eval_mode
 from offramp.inputs import Inputs, batch_size
 from offramp.model import MultiExitModel
 from offramp.policies.base import Evidence, Policy, State, Step, check_exits, visits
@@ -67,6 +68,12 @@ class Runtime:
         Raises:
             ValueRangeError: an answer is NaN or infinite; the message names the rows.
         """
+        if self.model.heads.training:  # stages are always in eval mode; heads follow the model's flag
+            with eval_mode(self.model.heads):
+                return self._run(inputs)
+        return self._run(inputs)
+
+    def _run(self, inputs: Inputs) -> Prediction:
         batch = batch_size(inputs)
         if batch == 0:
             empty = torch.zeros(0, self.model.classes)

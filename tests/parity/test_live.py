@@ -185,6 +185,21 @@ def test_bf16_stages_answer_in_float32(model, rows, trace):
         model.float()
 
 
+def test_heads_run_in_eval_mode_whatever_the_flag():
+    """BatchNorm in a head in training mode would mix rows and move its statistics."""
+    torch.manual_seed(0)
+    images = torch.randn(9, 1, 16, 16)
+    made = offramp.attach(resnet20(ch_in=1), at=("layer1", "layer2"), head="conv", example=images[:2])
+    run = offramp.Runtime(made.eval(), offramp.MaxProb(0.2))
+    expected, state = run(images), {k: v.clone() for k, v in made.state_dict().items()}
+    made.train()
+    found = run(images)
+    assert torch.equal(found.probabilities, expected.probabilities)
+    assert made.heads.training
+    assert made.backbone.training
+    assert all(torch.equal(v, state[k]) for k, v in made.state_dict().items())
+
+
 def test_threads_may_share_a_runtime(model, rows, trace):
     from concurrent.futures import ThreadPoolExecutor
 

@@ -57,3 +57,10 @@ def test_no_file(tmp_path):
         with pytest.raises(FormatError):
             read_json(path)
     assert json.loads("{}") == {}
+
+
+def test_numbers_and_nesting_too_large_to_read_are_one_clear_error(tmp_path):
+    for text in ('{"a": ' + "9" * 5000 + "}", "[" * 100_000):
+        (tmp_path / "big.json").write_text(text)
+        with pytest.raises(FormatError, match="not readable as JSON"):
+            read_json(tmp_path / "big.json")
