@@ -5,7 +5,7 @@ A spec is a frozen dataclass with `build(shape, classes, model)`; `head="auto"` 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -241,7 +241,7 @@ class _MapHead(Head):
     ) -> Float[Tensor, "batch cls"]:
         tap = self.convs(tap)
         pooled = tap.mean((2, 3)) if self.grid == 1 else F.adaptive_avg_pool2d(tap, self.grid).flatten(1)
-        return self.linear(self.dropout(pooled))
+        return _classify(self, pooled)
 
 
 class _TokenHead(Head):
@@ -271,7 +271,7 @@ class _TokenHead(Head):
             pooled = tap[:, 0] if self.pool == "first" else _masked_mean(tap, mask)
         if self.own is not None:
             pooled = torch.tanh(self.own(pooled))
-        return self.linear(self.dropout(pooled))
+        return _classify(self, pooled)
 
 
 class _VectorHead(Head):
@@ -281,7 +281,12 @@ class _VectorHead(Head):
         self.linear = nn.Linear(dim, classes)
 
     def forward(self, tap: Float[Tensor, "batch dim"], mask: Tensor | None = None) -> Float[Tensor, "batch cls"]:
-        return self.linear(self.dropout(tap))
+        return _classify(self, tap)
+
+
+def _classify(head: Any, pooled: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch cls"]:
+    """Logits of a head with `dropout` and `linear`. At batch 1 every call of a module shows, so eval mode makes one."""
+    return head.linear(head.dropout(pooled)) if head.training else head.linear(pooled)
 
 
 def _masked_mean(tap: Float[Tensor, "batch tok dim"], mask: Tensor | None) -> Float[Tensor, "batch dim"]:
@@ -293,5 +298,9 @@ def _masked_mean(tap: Float[Tensor, "batch tok dim"], mask: Tensor | None) -> Fl
             f"The attention mask has shape {list(mask.shape)} and the tap {list(tap.shape)}; expected a mask "
             f"{list(tap.shape[:2])}. Use TokenHead('first'), or a head of your own."
         )
-    keep = mask.to(tap.dtype).unsqueeze(2)
-    return (tap * keep).sum(1) / keep.sum(1).clamp(min=1)
+    alone = len(mask) == 1 and not mask.is_cuda and not torch.compiler.is_compiling()
+    if alone and bool(mask.all()):  # a row by itself is seldom padded, and at batch 1 every operator shows
+        return tap.mean(1)
+    keep = (mask != 0).to(tap.dtype)
+    # a product with the mask as a row: no masked copy of the tap is made
+    return torch.bmm(keep.unsqueeze(1), tap).squeeze(1) / keep.sum(1, keepdim=True).clamp_(min=1)

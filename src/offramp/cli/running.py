@@ -224,7 +224,10 @@ def _show_quickstart(found: "QuickResult", folder: Path) -> None:
         line(f"{name}: {differ} of {rows_compared} live rows left at another exit than simulated "
              f"({near} rows so near a decision that rounding decides are not counted)")  # fmt: skip
     if found.speeds:
-        best = max(found.speeds, key=lambda speed: speed.speedup)
+        # fast and wrong is no answer: only policies whose interval reaches the plain accuracy, or else the most accurate
+        near = {row.family for row in found.table if row.high >= row.plain}
+        near = near or {max(found.table, key=lambda row: row.accuracy).family}
+        best = max((s for s in found.speeds if s.policy in near), key=lambda speed: speed.speedup)
         row = next(row for row in found.table if row.family == best.policy)
         line(f"\nBest: {best.policy} is {best.speedup:.2f} times as fast as the plain model at batch "
              f"{best.batch_size}, with {percent(row.accuracy)} right against {percent(row.plain)}.")  # fmt: skip
