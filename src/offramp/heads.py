@@ -298,9 +298,6 @@ def _masked_mean(tap: Float[Tensor, "batch tok dim"], mask: Tensor | None) -> Fl
             f"The attention mask has shape {list(mask.shape)} and the tap {list(tap.shape)}; expected a mask "
             f"{list(tap.shape[:2])}. Use TokenHead('first'), or a head of your own."
         )
-    alone = len(mask) == 1 and not mask.is_cuda and not torch.compiler.is_compiling()
-    if alone and bool(mask.all()):  # a row by itself is seldom padded, and at batch 1 every operator shows
-        return tap.mean(1)
     keep = (mask != 0).to(tap.dtype)
     # a product with the mask as a row: no masked copy of the tap is made
     return torch.bmm(keep.unsqueeze(1), tap).squeeze(1) / keep.sum(1, keepdim=True).clamp_(min=1)

@@ -224,7 +224,7 @@ def _show_quickstart(found: "QuickResult", folder: Path) -> None:
         line(f"{name}: {differ} of {rows_compared} live rows left at another exit than simulated "
              f"({near} rows so near a decision that rounding decides are not counted)")  # fmt: skip
     if found.speeds:
-        # fast and wrong is no answer: only policies whose interval reaches the plain accuracy, or else the most accurate
+        # fast and wrong is no answer: a policy counts when its interval reaches the plain accuracy
         near = {row.family for row in found.table if row.high >= row.plain}
         near = near or {max(found.table, key=lambda row: row.accuracy).family}
         best = max((s for s in found.speeds if s.policy in near), key=lambda speed: speed.speedup)
