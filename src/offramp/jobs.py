@@ -75,7 +75,7 @@ def job(
         ValueRangeError: the name is unknown.
     """
     if name == "digits":
-        return _digits(10 if epochs is None else epochs, limit, seed)
+        return _digits(8 if epochs is None else epochs, limit, seed)
     if name == "cifar10":
         return _cifar10(data, 30 if epochs is None else epochs, limit, seed)
     if name in TEXT_TASKS:

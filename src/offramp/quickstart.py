@@ -41,7 +41,7 @@ class QuickResult:
 
     Args:
         task: its name.
-        split: the rows that policies were tested on.
+        splits: the names of the rows that policies were calibrated and tested on; one name means halves of it.
         train_s: seconds of training.
         exits: accuracy of every exit on the test rows; the last is the model without exits.
         rows: (train, calibrate, test) counts.
@@ -54,7 +54,7 @@ class QuickResult:
     """
 
     task: str
-    split: str
+    splits: tuple[str, str]
     train_s: float
     exits: tuple[float, ...]
     rows: tuple[int, int, int]
@@ -116,7 +116,7 @@ def quickstart(
     pools, trace, test = _record(work, model, tokenizer, folder, repeats, seed, progress)
     result = QuickResult(
         task=task,
-        split=work.splits[2],
+        splits=work.splits[1:],
         train_s=train_s,
         exits=trace.accuracy(),
         rows=(rows, pools[0].fit.rows, pools[0].test.rows),

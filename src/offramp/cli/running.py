@@ -225,16 +225,17 @@ def _show_quickstart(found: "QuickResult", folder: Path) -> None:
              f"({near} rows so near a decision that rounding decides are not counted)")  # fmt: skip
     if found.speeds:
         # fast and wrong is no answer: a policy counts when its interval reaches the plain accuracy
-        near = {row.family for row in found.table if row.high >= row.plain}
-        near = near or {max(found.table, key=lambda row: row.accuracy).family}
-        best = max((s for s in found.speeds if s.policy in near), key=lambda speed: speed.speedup)
+        reaching = {row.family for row in found.table if row.high >= row.plain}
+        reaching = reaching or {max(found.table, key=lambda row: row.accuracy).family}
+        best = max((s for s in found.speeds if s.policy in reaching), key=lambda speed: speed.speedup)
         row = next(row for row in found.table if row.family == best.policy)
         line(f"\nBest: {best.policy} is {best.speedup:.2f} times as fast as the plain model at batch "
              f"{best.batch_size}, with {percent(row.accuracy)} right against {percent(row.plain)}.")  # fmt: skip
     line(f"on {found.machine}")
-    split = found.split
+    fit, split = found.splits
+    judge = f" --test {folder}/{split}.safetensors" if fit != split else ""  # else halves take turns
     line(f"files are in {folder}; try next:")
-    line(f"  offramp compare {folder}/{split}.safetensors --costs {folder}/costs.json --budgets 0.4:0.9:0.1")
-    line(f"  offramp calibrate {folder}/{split}.safetensors --costs {folder}/costs.json --policy beem-a "
+    line(f"  offramp compare {folder}/{fit}.safetensors{judge} --costs {folder}/costs.json --budgets 0.4:0.9:0.1")
+    line(f"  offramp calibrate {folder}/{fit}.safetensors --costs {folder}/costs.json --policy beem-a "
          f"--fraction 0.6 --out {folder}/beem.json")  # fmt: skip
     line(f"  offramp predict {folder} --policy {folder}/beem.json --split {split}")
