@@ -56,6 +56,8 @@ def attach(
     logits = _checked_logits(probe.logits, rows, type(model).__name__)
     if classes not in (None, logits.shape[1]):
         raise ShapeError(f"{type(model).__name__} gives {logits.shape[1]} classes; expected classes={classes}.")
+    if logits.shape[1] < 2:
+        raise ShapeError(f"{type(model).__name__} gives 1 output a row; exits of this version need 2 classes or more.")
     _check_taps(taps, probe, rows, logits)
     shapes = [tuple(probe.tensors[k].shape) for k in range(len(taps))]
     heads = build_heads(head, shapes, logits.shape[1], model)

@@ -74,7 +74,7 @@ def load(folder: Path, model: nn.Module, run: Mapping[str, Any]) -> tuple[dict[s
     path = folder / FILE
     if not path.exists():
         return None
-    way_out = f"Delete {path}, give another checkpoint directory, or pass resume=False to start again."
+    way_out = f"Delete {path}, give another checkpoint directory, or pass resume=False (--no-resume) to start again."
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["offramp"])

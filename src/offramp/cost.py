@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ class Budget:
         if len(given) != 1:
             raise ValueRangeError(f"a Budget has one amount; got {len(given)}. Give fraction=, flops= or ms=.")
         name, amount = given[0]
-        if not isinstance(amount, int | float) or not math.isfinite(amount) or amount <= 0:
+        if isinstance(amount, bool) or not isinstance(amount, Real) or not math.isfinite(amount) or amount <= 0:
             raise ValueRangeError(f"Budget({name}={amount!r}) must be a finite number above 0.")
+        object.__setattr__(self, name, float(amount))
         if not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise ValueRangeError(f"batch_size is {self.batch_size!r}; expected a whole number, at least 1.")
 
@@ -134,7 +136,7 @@ class CostModel:
         plain = values[-1] if plain is None and values else plain
         steps = [b - a for a, b in zip((0.0, *values), values, strict=False)]
         if not values or not all(map(math.isfinite, values)) or min(steps) < 0 or values[0] <= 0 or not plain:
-            raise ValueRangeError(f"cumulative costs {values} must be above 0 and rise from exit to exit.")
+            raise ValueRangeError(f"cumulative costs {values} must be above 0 and not fall from exit to exit.")
         return cls(stage=tuple(s / plain for s in steps), head=(0.0,) * len(values))
 
     @property

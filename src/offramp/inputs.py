@@ -29,6 +29,8 @@ def batch_size(inputs: Inputs) -> int:
     Raises:
         ShapeError: there is no tensor, one has no axes, or two have different numbers of rows.
     """
+    if not isinstance(inputs, Tensor | Mapping):
+        raise ShapeError(f"Inputs are {type(inputs).__name__}; expected a tensor [batch ...] or tensors by name.")
     sizes = {}
     for name, tensor in zip(names_of(inputs), tensors_of(inputs), strict=True):
         if not isinstance(tensor, Tensor) or tensor.ndim == 0:

@@ -109,6 +109,13 @@ class MultiExitModel(nn.Module):
                     cut = self._cut = (self._new_stages(), _Watch(self.backbone))
         return cut[0]
 
+    def recut(self) -> Stages:
+        """The stages, cut anew: for changes that leave every parameter, buffer and module in place, such as another
+        `eps`, a plain attribute that the forward reads, or a hook. Stages do not see those by themselves."""
+        with CUTTING:
+            self._cut = None
+        return self.stages()
+
     def _new_stages(self) -> Stages:
         with own_precision(_device(self.backbone)):
             return self._cut_and_verified(three_rows(self._placed_example()))

@@ -51,6 +51,10 @@ class Runtime:
     """
 
     def __init__(self, model: MultiExitModel, policy: Policy) -> None:
+        if not isinstance(model, MultiExitModel):
+            raise ShapeError(f"the model is {type(model).__name__}; expected what attach(...) returned.")
+        if isinstance(policy, type) or not isinstance(policy, Policy):
+            raise ShapeError(f"the policy is {policy!r}; expected a value such as MaxProb(0.9).")
         check_exits(policy, model.exits)
         if policy.needs:
             raise ShapeError(f"{type(policy).__name__} needs the signals {policy.needs}; the runtime has logits only.")

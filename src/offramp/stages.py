@@ -160,7 +160,8 @@ def stages_of_graph(traced: Traced, taps: Sequence[str], mask: str | None) -> St
     (uncut,) = cut(traced, whole=True)
     plans = [_Plan(piece.enters, mask) for piece in pieces]
     call, sizes = uncut.module.forward, uncut.sizes
-    bind_uncut = _binder(traced.names, traced.axes, traced.ranges, [item.name for item in uncut.enters])
+    dtypes = [node.meta["val"].dtype for node in traced.inputs]
+    bind_uncut = _binder(traced.names, traced.axes, dtypes, traced.ranges, [item.name for item in uncut.enters])
 
     def whole(given: Inputs) -> Tensor:
         values, symbols = bind_uncut(given)
@@ -170,14 +171,18 @@ def stages_of_graph(traced: Traced, taps: Sequence[str], mask: str | None) -> St
         [piece.module.forward for piece in pieces],
         [piece.sizes for piece in pieces],
         plans,
-        _binder(traced.names, traced.axes, traced.ranges, [item.name for item in pieces[0].enters]),
+        _binder(traced.names, traced.axes, dtypes, traced.ranges, [item.name for item in pieces[0].enters]),
         whole,
         [_info(k, name, piece, traced) for k, (name, piece) in enumerate(zip((*taps, "logits"), pieces, strict=True))],
     )
 
 
 def _binder(
-    names: Sequence[str], axes: Sequence[Axes], ranges: Sequence[tuple[int, ...]], wanted: Sequence[str]
+    names: Sequence[str],
+    axes: Sequence[Axes],
+    dtypes: Sequence[torch.dtype],
+    ranges: Sequence[tuple[int, ...]],
+    wanted: Sequence[str],
 ) -> Callable[[Inputs], tuple[tuple[Any, ...], tuple[int, ...]]]:
     """A function from inputs to the tensors called `wanted` and the values of the symbols, which it checks."""
     fixed = [[(axis, n) for axis, n in enumerate(entry) if isinstance(n, int)] for entry in axes]
@@ -206,9 +211,16 @@ def _binder(
                 symbols[place] = shape[axis]
             if not good:
                 raise _misfit(names[i], axes[i], tensor)
+            if tensor.dtype is not dtypes[i] and (tensor.is_floating_point() or dtypes[i].is_floating_point):
+                raise ShapeError(
+                    f"Input {names[i]!r} is {tensor.dtype}; the stages were cut for {dtypes[i]}. Cast the input."
+                )
         for place, (least, most) in lengths:
             if not least <= symbols[place] <= most:
-                raise ShapeError(f"An input is {symbols[place]} long; the stages take {least} to {most}.")
+                limit = f", {most} at most" if most < 2**61 else ""
+                raise ShapeError(
+                    f"An input is {symbols[place]} long; the stages take {least} or more{limit}. Pad or cut the inputs."
+                )
         return tuple([tensors[i] for i in picks]), tuple(symbols)
 
     return bind

@@ -12,7 +12,9 @@ from offramp.stages import Carry, Stages
 
 __all__ = ["verify"]
 
-SUBSETS = ([2, 0], [1])  # of three rows; one of them alone, because that is where a batch often ends
+# of three rows; one alone, because that is where a batch often ends; the others so that no reversal or turn maps the
+# subsets onto themselves
+SUBSETS = ([2, 0], [1], [0, 1])
 TOLERANCE = {torch.bfloat16: 1e-1, torch.float16: 2e-2}  # relative to the largest value; 1e-4 for wider types
 HAND = "Tap other modules, or give attach(..., stages=[...])."
 ROWS = "A row's answer must depend on its inputs and weights alone, not on its neighbours or on earlier calls."
@@ -34,7 +36,12 @@ def verify(
         NotStageable: they differ, or cannot be run.
     """
     subsets = [torch.tensor(rows, device=expected[-1].device) for rows in SUBSETS]
-    alone = [plain(select_rows(example, index)) for index in subsets]
+    try:
+        alone = [plain(select_rows(example, index)) for index in subsets]
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise NotStageable(
+            f"The model cannot be cut: it does not run on some of its rows: {first_line(error)} {ROWS}"
+        ) from error
     for index, logits in zip(subsets, alone, strict=True):
         # a softmax over the rows keeps an axis for them, so that only a run shows it
         if apart := _apart(logits, expected[-1][index]):

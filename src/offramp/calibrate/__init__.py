@@ -13,6 +13,7 @@ from offramp.calibrate.thresholds import fit_thresholds
 from offramp.cost import Budget, CostModel
 from offramp.errors import ShapeError, ValueRangeError
 from offramp.policies import BEEM, EENet, Entropy, MaxProb, Patience, Policy
+from offramp.policies.base import as_flags, as_floats
 from offramp.simulate import simulate, walk
 from offramp.trace import ExitTrace
 
@@ -53,15 +54,16 @@ def calibrate(
         weights: BEEM's: "accuracy" (BEEM-A), "cost" (BEEM-C), or one number per exit.
         reset: BEEM's, see there.
         fit: EENet's settings.
-        enabled: exits that may be used; None means all.
+        enabled: exits that may be used; None means all. The last is always used, whatever its flag.
 
     Raises:
         ShapeError: trace, costs and flags are for different numbers of exits.
         ValueRangeError: the family is unknown, or cannot be calibrated to this target.
     """
+    _check_kinds(trace, costs, target)
     if costs.exits != trace.exits:
         raise ShapeError(f"the cost model has {costs.exits} exits and the trace {trace.exits}. Measure the same model.")
-    flags = (True,) * trace.exits if enabled is None else costs.visited(tuple(bool(v) for v in enabled))
+    flags = (True,) * trace.exits if enabled is None else costs.visited(as_flags(enabled))
     start = _start(family, trace, weights, reset, flags)
     if isinstance(target, ErrorRate):
         return _to_error_rate(start, trace, costs, target)
@@ -91,7 +93,18 @@ def beem_weights(trace: ExitTrace, weights: Weights) -> tuple[float, ...]:
         return tuple(round(0.1 * (k + 1), 12) for k in range(trace.exits))
     if isinstance(weights, str):
         raise ValueRangeError(f"weights is {weights!r}; expected 'accuracy', 'cost' or one number per exit.")
-    return tuple(float(w) for w in weights)
+    found = as_floats(weights, "weights")
+    if not isinstance(found, tuple):
+        raise ValueRangeError(f"weights is {weights!r}; expected 'accuracy', 'cost' or one number per exit.")
+    return found
+
+
+def _check_kinds(trace: Any, costs: Any, target: Any) -> None:
+    for what, value, kinds in (("trace", trace, ExitTrace), ("costs", costs, CostModel)):
+        if not isinstance(value, kinds):
+            raise ShapeError(f"{what} is {type(value).__name__}; expected {kinds.__name__}.")
+    if not isinstance(target, Budget | ErrorRate):
+        raise ValueRangeError(f"the target is {target!r}; expected Budget(fraction=0.5) or such, or ErrorRate().")
 
 
 def _start(family: type, trace: ExitTrace, weights: Weights, reset: Any, flags: tuple[bool, ...]) -> Policy:

@@ -102,6 +102,7 @@ def compare(
         result({"how": how, "rows": compared_rows(table)}, (), True)
     else:
         compared(table, f"Cost as a part of the plain model's; {how}")
+        note("status is that of the calibration; cost and accuracy are of the rows that it did not see.")
 
 
 def _each(jobs: "list[tuple[Budget, str]]", call: "Callable[[Budget, str], tuple[Compared, ...]]") -> "list[Compared]":
