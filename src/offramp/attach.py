@@ -56,8 +56,6 @@ def attach(
     logits = _checked_logits(probe.logits, rows, type(model).__name__)
     if classes not in (None, logits.shape[1]):
         raise ShapeError(f"{type(model).__name__} gives {logits.shape[1]} classes; expected classes={classes}.")
-    if logits.shape[1] < 2:
-        raise ShapeError(f"{type(model).__name__} gives 1 output a row; exits of this version need 2 classes or more.")
     _check_taps(taps, probe, rows, logits)
     shapes = [tuple(probe.tensors[k].shape) for k in range(len(taps))]
     heads = build_heads(head, shapes, logits.shape[1], model)
@@ -184,4 +182,6 @@ def _checked_logits(logits: Tensor, rows: int, what: str) -> Tensor:
             f"{what} gives {logits.dtype} of shape {list(logits.shape)} for {rows} rows; expected floating point "
             f"logits [batch cls] = [{rows}, classes]. Put a module around it that returns them."
         )
+    if logits.shape[1] < 2:
+        raise ShapeError(f"{what} gives 1 output a row; exits of this version need 2 classes or more.")
     return logits
