@@ -4,14 +4,15 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from offramp.inputs import Inputs, tensors_of
 
-__all__ = ["Timing", "alternate", "fast_precision", "machine_line", "waiter"]
+__all__ = ["Timing", "alternate", "fast_precision", "machine_line", "threads", "waiter"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def machine_line() -> str:
     except OSError:
         pass  # not Linux: the platform's own name will do
     return (
-        f"{gpu}{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{gpu}{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
 
@@ -45,6 +46,17 @@ def fast_precision() -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if known.get("avx512_bf16") or known.get("amx_bf16") or known.get("bf16") else "fp32"
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """torch uses `count` threads for the length of the block; None leaves their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def waiter(inputs: Inputs) -> Callable[[], None]:

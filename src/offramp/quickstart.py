@@ -15,7 +15,7 @@ from offramp.data import Examples
 from offramp.errors import DataError
 from offramp.inputs import Inputs
 from offramp.jobs import Job, job
-from offramp.machine import machine_line
+from offramp.machine import machine_line, threads
 from offramp.measure import measure
 from offramp.meter import Meter
 from offramp.metrics import near_decision
@@ -85,6 +85,7 @@ def quickstart(
     batch_sizes: Sequence[int] | None = None,
     repeats: int = 20,
     seconds: float = 20.0,
+    timed_threads: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> QuickResult:
@@ -99,6 +100,8 @@ def quickstart(
         batch_sizes: to time live runs at.
         repeats: of swapped halves, where calibration and test rows come from one split.
         seconds: of timing live runs per batch size; stages and heads get a tenth.
+        timed_threads: torch threads while timing; by default 1 for the digits, because on a network this small waking a
+            second thread costs more than it gives, and otherwise what torch has.
         seed: of everything.
         progress: bars and lines on standard error.
 
@@ -114,6 +117,9 @@ def quickstart(
     options = {"epochs": epochs, "limit": limit, "seed": seed}
     rows, train_s = _train(work, model, tokenizer, folder, options, progress)
     pools, trace, test = _record(work, model, tokenizer, folder, repeats, seed, progress)
+    with threads(timed_threads or (1 if small else None)):
+        figures = _figures(model, pools, trace, test, names, sizes, seconds, folder / "costs.json", progress)
+        machine = machine_line()
     result = QuickResult(
         task=task,
         splits=work.splits[1:],
@@ -121,8 +127,8 @@ def quickstart(
         exits=trace.accuracy(),
         rows=(rows, pools[0].fit.rows, pools[0].test.rows),
         note=work.note,
-        machine=machine_line(),
-        **_figures(model, pools, trace, test, names, sizes, seconds, folder / "costs.json", progress),
+        machine=machine,
+        **figures,
     )
     write_json(folder / "result.json", result.to_dict())
     return result

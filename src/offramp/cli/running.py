@@ -231,7 +231,7 @@ def _show_quickstart(found: "QuickResult", folder: Path) -> None:
         row = next(row for row in found.table if row.family == best.policy)
         line(f"\nBest: {best.policy} is {best.speedup:.2f} times as fast as the plain model at batch "
              f"{best.batch_size}, with {percent(row.accuracy)} right against {percent(row.plain)}.")  # fmt: skip
-    line(f"on {found.machine}")
+    line(f"timed on {found.machine}")
     fit, split = found.splits
     judge = f" --test {folder}/{split}.safetensors" if fit != split else ""  # else halves take turns
     line(f"files are in {folder}; try next:")
