@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# PASSIVE: idle OpenMP threads sleep instead of spinning, which decides latency on small machines.
-export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help quickstart sst2 test bench lint format docs-check clean
@@ -29,7 +27,7 @@ $(VENV)/.dev: $(VENV)/.core
 quickstart: $(VENV)/.core ## train a small network with exits, calibrate, and time it
 	$(BIN)/offramp quickstart
 
-sst2: $(VENV)/.dev ## the same on SST-2 with MiniLM (set OFFRAMP_DATA=DIR; about 40 minutes on two cores)
+sst2: $(VENV)/.dev ## the same on SST-2 with MiniLM (set OFFRAMP_DATA=DIR; about 25 minutes of training on two cores, 15 of timing)
 	$(BIN)/offramp quickstart --task sst2 $(if $(OFFRAMP_DATA),--data $(OFFRAMP_DATA))
 
 test: $(VENV)/.dev ## run the tests
