@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offramp.attach import attach
-    from offramp.calibrate import Calibration, EENetFit, ErrorRate, calibrate
+    from offramp.bundle import Bundle, Choice
+    from offramp.calibrate import Calibration, EENetFit, ErrorRate, MaxDrop, calibrate
     from offramp.compare import compare
     from offramp.cost import Budget, CostModel
     from offramp.data import Examples
@@ -50,7 +51,9 @@ if TYPE_CHECKING:
 __all__ = [
     "BEEM",
     "Budget",
+    "Bundle",
     "Calibration",
+    "Choice",
     "CostModel",
     "DataError",
     "DepthWeighted",
@@ -66,6 +69,7 @@ __all__ = [
     "FinalOnly",
     "FormatError",
     "MapHead",
+    "MaxDrop",
     "MaxProb",
     "MissingExtra",
     "MultiExitModel",
@@ -101,7 +105,8 @@ __all__ = [
 
 _MODULES = {
     "attach": "attach",
-    "calibrate": "Calibration EENetFit ErrorRate calibrate",
+    "bundle": "Bundle Choice",
+    "calibrate": "Calibration EENetFit ErrorRate MaxDrop calibrate",
     "compare": "compare",
     "cost": "Budget CostModel",
     "data": "Examples",

@@ -8,7 +8,7 @@ from typing import Any
 
 from offramp.errors import FormatError
 
-__all__ = ["read_json", "write_atomically", "write_json"]
+__all__ = ["fill", "read_json", "write_atomically", "write_json"]
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
@@ -17,13 +17,21 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        write(partial)
+        fill(partial, write)
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def fill(path: Path, write: Callable[[Path], Any]) -> None:
+    """Nothing; `write` filled the file, which others may read as any new file; safetensors makes it private."""
+    path.touch()
+    mode = path.stat().st_mode
+    write(path)
+    path.chmod(mode)
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> Path:

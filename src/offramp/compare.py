@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from offramp.calibrate import Calibration, ErrorRate, calibrate
+from offramp.calibrate import Calibration, ErrorRate, MaxDrop, calibrate
 from offramp.cost import Budget, CostModel
 from offramp.errors import ValueRangeError
-from offramp.metrics import accuracy_interval
+from offramp.metrics import accuracy_interval, metric_interval, metric_of
 from offramp.policies import BEEM, EENet, Entropy, MaxProb, Patience, Policy
 from offramp.simulate import Outcome, simulate
 from offramp.splits import stratified_split
@@ -44,6 +44,7 @@ class Compared:
         shares: of test rows that left at each exit.
         warning: that calibration and test rows differ, or None.
         policy: what was calibrated; the first one where rows were pooled.
+        metric: the name of what `value`, its 95 % interval and the last exit's `value_plain` are of.
     """
 
     family: str
@@ -58,6 +59,11 @@ class Compared:
     shares: tuple[float, ...]
     warning: str | None
     policy: Policy
+    metric: str = "accuracy"
+    value: float = 0.0
+    value_low: float = 0.0
+    value_high: float = 0.0
+    value_plain: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,14 +86,22 @@ def choice(name: str) -> tuple[type, dict[str, Any]]:
     return CHOICES[name]
 
 
-def calibrate_choice(name: str, trace: ExitTrace, costs: CostModel, target: Budget | ErrorRate) -> Calibration:
+def calibrate_choice(
+    name: str, trace: ExitTrace, costs: CostModel, target: Budget | ErrorRate | MaxDrop
+) -> Calibration:
     """`calibrate` for a family named as in `CHOICES`."""
     family, options = choice(name)
     return calibrate(family, trace, costs, target, **options)
 
 
 def compare(
-    fit: ExitTrace, test: ExitTrace, costs: CostModel, targets: Sequence[Budget | ErrorRate], families: Sequence[str]
+    fit: ExitTrace,
+    test: ExitTrace,
+    costs: CostModel,
+    targets: Sequence[Budget | ErrorRate | MaxDrop],
+    families: Sequence[str],
+    *,
+    metric: str = "accuracy",
 ) -> tuple[Compared, ...]:
     """Every family at every target, calibrated on `fit` and judged on `test`. Intervals are Wilson's.
 
@@ -107,6 +121,9 @@ def compare(
                 Compared(
                     name, str(target), calibration.status, calibration.achieved, outcome.cost, outcome.accuracy or 0.0,
                     low, high, plain, outcome.shares, drift(calibration, fit, outcome, costs), calibration.policy,
+                    metric, metric_of(metric, outcome.answer.argmax(-1), labels, test.classes),
+                    *metric_interval(metric, outcome.answer.argmax(-1), labels, test.classes),
+                    metric_of(metric, test.logits[-1].argmax(-1), labels, test.classes),
                 )
             )  # fmt: skip
     return tuple(rows)
@@ -130,7 +147,13 @@ def _halves_of(trace: ExitTrace, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def compare_pooled(
-    pools: Sequence[Pool], rows: int, costs: CostModel, target: Budget | ErrorRate, families: Sequence[str]
+    pools: Sequence[Pool],
+    rows: int,
+    costs: CostModel,
+    target: Budget | ErrorRate | MaxDrop,
+    families: Sequence[str],
+    *,
+    metric: str = "accuracy",
 ) -> tuple[Compared, ...]:
     """Every family at one target over repeated splits of the same `rows` rows.
 
@@ -153,9 +176,30 @@ def compare_pooled(
                 name, str(target), statuses.pop() if len(statuses) == 1 else "mixed",
                 sum(c.achieved for c in found) / len(found), sum(o.cost for o in outcomes) / len(outcomes),
                 mean, mean - half, mean + half, plain, tuple(shares.tolist()), None, found[0].policy,
+                metric, *_pooled_metric(metric, pools, outcomes, (mean, mean - half, mean + half, plain)),
             )
         )  # fmt: skip
     return tuple(table)
+
+
+def _pooled_metric(
+    metric: str, pools: Sequence[Pool], outcomes: Sequence[Outcome], accuracy: tuple[float, float, float, float]
+) -> tuple[float, float, float, float]:
+    """(mean, low, high, the last exit's mean) of a metric over pools."""
+    if metric == "accuracy":
+        return accuracy
+    values, plain = [], []
+    for pool, outcome in zip(pools, outcomes, strict=True):
+        labels, classes = pool.test.known_labels("comparing policies"), pool.test.classes
+        values.append(metric_of(metric, outcome.answer.argmax(-1), labels, classes))
+        plain.append(metric_of(metric, pool.test.logits[-1].argmax(-1), labels, classes))
+    both = pools[:2]  # the two halves of one split: every row once
+    said = torch.cat([outcome.answer.argmax(-1) for outcome in outcomes[: len(both)]])
+    labels = torch.cat([pool.test.known_labels("comparing policies") for pool in both])
+    low, high = metric_interval(metric, said, labels, both[0].test.classes)
+    middle = metric_of(metric, said, labels, both[0].test.classes)
+    mean = sum(values) / len(values)
+    return mean, mean + low - middle, mean + high - middle, sum(plain) / len(plain)
 
 
 def drift(calibration: Calibration, fit: ExitTrace, outcome: Outcome, costs: CostModel) -> str | None:

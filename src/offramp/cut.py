@@ -11,10 +11,9 @@ Every value of the graph is one of these, by where the batch stands in its shape
 Work is put off to the first piece that needs it.
 """
 
-import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,13 +48,15 @@ class Live:
 class Piece:
     """One piece of a graph: `call(*values, *sizes)` gives the tap, then what goes on, in the order of `leaves`.
 
-    `sizes` computes, from the symbols' values, the numbers that the piece wants. The last piece gives the logits alone.
+    `sizes` are the numbers that the piece wants, as texts for `compile_sizes`. The last piece gives the logits alone.
+    `tap` is the shape of what it gives first, in numbers and words as in `Live`.
     """
 
     module: fx.GraphModule
     enters: tuple[Live, ...]
     leaves: tuple[Live, ...]
-    sizes: Callable[..., tuple[Any, ...]]
+    sizes: tuple[str, ...]
+    tap: tuple[str, ...]
     nodes: int
     parameters: int
 
@@ -207,7 +208,7 @@ def _piece(
     slots: dict[str, fx.Node] = {}
     for node in read:
         if kinds.kind[node] == "size":
-            text = PythonPrinter().doprint(node.meta["val"].node.expr)
+            text = _numbered(PythonPrinter().doprint(node.meta["val"].node.expr), traced)
             if text not in slots:
                 slots[text] = graph.placeholder(f"size_{len(slots)}")
             env[node] = slots[text]
@@ -223,13 +224,12 @@ def _piece(
     leaves = gives[1:]
     last = gives[0] is traced.logits and not leaves
     graph.output(env[gives[0]] if last else tuple(env[node] for node in gives))
-    arguments = ", ".join(str(symbol) for symbol in traced.symbols)
     return Piece(
         fx.GraphModule(root, graph, class_name="Piece"),
         tuple(_live(node, kinds, traced) for node in enters),
         tuple(_live(node, kinds, traced) for node in leaves),
-        # the printer's text is made of the symbols' own names, numbers and operators
-        eval(f"lambda {arguments}: ({''.join(text + ', ' for text in slots)})", {"math": math}),
+        tuple(slots),
+        tuple(_word(length, traced) for length in gives[0].meta["val"].shape),
         len(work),
         sum(weight.numel() for weight in weights.values() if isinstance(weight, nn.Parameter)),
     )
@@ -254,7 +254,10 @@ def _live(node: fx.Node, kinds: _Kinds, traced: Traced) -> Live:
 
 def _word(length: Any, traced: Traced) -> str:
     """A length for a reader: a number, "batch", or an expression of "batch" and n1, n2, ... in the symbols' order."""
-    text = str(length)
-    for place, symbol in enumerate(traced.symbols):
-        text = re.sub(rf"\b{symbol}\b", f"n{place}" if place else "batch", text)
-    return text
+    return re.sub(r"\bn0\b", "batch", _numbered(str(length), traced))
+
+
+def _numbered(text: str, traced: Traced) -> str:
+    """A text with n0, n1, ... for the symbols, in their order."""
+    places = {str(symbol): place for place, symbol in enumerate(traced.symbols)}
+    return re.sub(r"\b[A-Za-z_]\w*\b", lambda found: f"n{places[found[0]]}" if found[0] in places else found[0], text)

@@ -16,6 +16,7 @@ from offramp.heads import MapHead
 from offramp.machine import fast_precision
 from offramp.model import MultiExitModel
 from offramp.objectives import DepthWeighted, Objective
+from offramp.preprocess import Preprocess
 from offramp.recipe import Recipe
 from offramp.tasks import CIFAR10, TEXT_TASKS, load_cifar10, load_text, minilm
 
@@ -34,16 +35,18 @@ class Job:
         objective, recipe: how it is trained.
         labels: names of the classes.
         note: what a reader of the figures must know, or "".
+        preprocess: from a raw row to inputs, where rows come raw; None for named tasks.
     """
 
     name: str
     build: Callable[[], tuple[MultiExitModel, Any]]
-    load: Callable[[str, Any], Examples]
+    load: Callable[[str, Any], Any]
     splits: tuple[str, str, str]
     objective: Objective
     recipe: Recipe
     labels: tuple[str, ...]
     note: str = ""
+    preprocess: Preprocess | None = None
 
 
 #: Large sets need fewer passes.

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from offramp.inputs import Inputs, tensors_of
 
-__all__ = ["Timing", "alternate", "fast_precision", "machine_line", "threads", "waiter"]
+__all__ = ["Timing", "alternate", "fast_precision", "machine_line", "threads", "versions", "waiter"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,17 @@ def machine_line() -> str:
         f"{gpu}{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, Offramp and the packages that a model's answers depend on, as far as installed."""
+    found = {"python": platform.python_version()}
+    for name in ("offramp", "torch", "transformers", "tokenizers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def fast_precision() -> str:

@@ -11,13 +11,13 @@ from offramp.cost import CostModel, TimedCosts
 from offramp.errors import ValueRangeError
 from offramp.inputs import Inputs, batch_size, select_rows, tensors_of
 from offramp.machine import alternate, machine_line, waiter
-from offramp.model import MultiExitModel
+from offramp.model import ExitModel
 
 __all__ = ["measure", "repeat_rows"]
 
 
 def measure(
-    model: MultiExitModel,
+    model: ExitModel,
     inputs: Inputs,
     *,
     batch_sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128),
@@ -65,7 +65,7 @@ def repeat_rows(inputs: Inputs, size: int) -> Inputs:
     return select_rows(inputs, torch.arange(size, device=device) % batch_size(inputs))
 
 
-def _flops(model: MultiExitModel, inputs: Inputs) -> tuple[list[float], list[float], float]:
+def _flops(model: ExitModel, inputs: Inputs) -> tuple[list[float], list[float], float]:
     """FLOPs of each stage, each head and the plain model, for all rows of the inputs."""
     stages = model.stages()
     carry, stage, head = stages.start(inputs), [], []
@@ -87,7 +87,7 @@ def _count(call: Any, *arguments: Any) -> tuple[float, Any]:
     return float(counter.get_total_flops()), result
 
 
-def _times(model: MultiExitModel, inputs: Inputs, size: int, rounds: int, seconds: float) -> TimedCosts:
+def _times(model: ExitModel, inputs: Inputs, size: int, rounds: int, seconds: float) -> TimedCosts:
     stages, batch = model.stages(), repeat_rows(inputs, size)
     contenders: dict[str, Any] = {"plain": lambda: model.plain(batch), "whole": lambda: stages.whole(batch)}
     carry = stages.start(batch)

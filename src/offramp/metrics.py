@@ -1,9 +1,10 @@
-"""Intervals, and which rows lie so near a decision that another engine may decide otherwise."""
+"""Metrics of answers, intervals, and which rows lie so near a decision that another engine may decide otherwise."""
 
 import math
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from offramp.errors import ValueRangeError
@@ -12,7 +13,77 @@ from offramp.policies.patience import Patience
 from offramp.simulate import Outcome, walk
 from offramp.trace import ExitTrace
 
-__all__ = ["accuracy_interval", "bootstrap_difference", "near_decision"]
+__all__ = [
+    "METRICS",
+    "ClassScores",
+    "accuracy_interval",
+    "bootstrap_difference",
+    "class_scores",
+    "metric_interval",
+    "metric_of",
+    "near_decision",
+]
+
+#: Names of metrics, each from 0 to 1, higher is better.
+METRICS = ("accuracy", "balanced-accuracy", "macro-f1")
+
+
+@dataclass(frozen=True, eq=False)
+class ClassScores:
+    """Precision, recall and F1 of each class, and its number of rows; float64 and int64 [cls]. 0 where undefined."""
+
+    precision: Float[Tensor, "cls"]
+    recall: Float[Tensor, "cls"]
+    f1: Float[Tensor, "cls"]
+    rows: Int[Tensor, "cls"]
+    said: Int[Tensor, "cls"]
+
+
+def class_scores(said: Int[Tensor, "row"], labels: Int[Tensor, "row"], classes: int) -> ClassScores:
+    """The scores of each class for answers `said` to rows with these labels."""
+    right = torch.bincount(labels[said == labels], minlength=classes).double()
+    rows, answers = (torch.bincount(values, minlength=classes) for values in (labels, said))
+    precision, recall = right / answers.clamp(min=1), right / rows.clamp(min=1)
+    return ClassScores(precision, recall, 2 * right / (rows + answers).clamp(min=1), rows, answers)
+
+
+def metric_of(name: str, said: Int[Tensor, "row"], labels: Int[Tensor, "row"], classes: int) -> float:
+    """A metric of answers. Classes that no row has are left out of means, except in F1 when they are answered:
+    as scikit-learn's `f1_score(average="macro")` and `balanced_accuracy_score` count.
+
+    Raises:
+        ValueRangeError: the metric is unknown, or there are no rows.
+    """
+    if name not in METRICS or not len(labels):
+        raise ValueRangeError(f"the metric is {name!r} of {len(labels)} rows; expected one of {', '.join(METRICS)}.")
+    if name == "accuracy":
+        return float((said == labels).double().mean())
+    scores = class_scores(said, labels, classes)
+    if name == "balanced-accuracy":
+        return float(scores.recall[scores.rows > 0].mean())
+    return float(scores.f1[(scores.rows + scores.said) > 0].mean())
+
+
+def metric_interval(
+    name: str, said: Int[Tensor, "row"], labels: Int[Tensor, "row"], classes: int, *, draws: int = 500, seed: int = 0
+) -> tuple[float, float]:
+    """A 95 % interval of a metric: Wilson's of accuracy, a seeded percentile bootstrap over rows of the others.
+
+    Raises:
+        ValueRangeError: the metric is unknown, or there are no rows.
+    """
+    rows = len(labels)
+    if name == "accuracy":
+        return accuracy_interval(int((said == labels).sum()), rows)
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(draws):
+        index = torch.randint(rows, (rows,), generator=generator)
+        values.append(metric_of(name, said[index], labels[index], classes))
+    low, high = torch.quantile(
+        torch.tensor(values, dtype=torch.float64), torch.tensor([0.025, 0.975]).double()
+    ).tolist()
+    return low, high
 
 
 def accuracy_interval(right: int, rows: int, z: float = 1.96) -> tuple[float, float]:

@@ -16,12 +16,47 @@ from offramp.stages import Stages, stages_by_hand, stages_of_graph
 from offramp.taps import Tap, listen, logits_of
 from offramp.verify import verify
 
-__all__ = ["MultiExitModel"]
+__all__ = ["ExitModel", "MultiExitModel"]
 
 CUTTING = threading.Lock()  # the export puts hooks on the original for a moment
 
 
-class MultiExitModel(nn.Module):
+class ExitModel(nn.Module):
+    """What runs with exits: heads, the names of the taps, the number of classes, and stages.
+
+    `MultiExitModel` is one that was attached and can learn; a bundle holds one that was read from data.
+    """
+
+    backbone: nn.Module
+    heads: nn.ModuleList
+    taps: tuple[str, ...]
+    classes: int
+
+    @property
+    def exits(self) -> int:
+        """E, the number of exits, the model's own output included."""
+        return len(self.taps) + 1
+
+    @property
+    def example(self) -> Inputs:
+        """Inputs that the model takes, where it is."""
+        raise NotImplementedError
+
+    def stages(self) -> Stages:
+        """The model cut behind its taps, E stages."""
+        raise NotImplementedError
+
+    def plain(self, inputs: Inputs) -> Float[Tensor, "batch cls"]:
+        """The original's own logits; no head runs."""
+        raise NotImplementedError
+
+    def head_logits(self, k: int, tap: Tensor, mask: Tensor | None = None) -> Float[Tensor, "batch cls"]:
+        """Exit k's logits from its tap, for k < E-1; `mask` [batch tok] is used by heads that average tokens."""
+        head = self.heads[k]
+        return head(tap, mask) if getattr(head, "takes_mask", False) else head(tap)
+
+
+class MultiExitModel(ExitModel):
     """A model with E exits: a head behind each of its E-1 taps, and its own output as the last exit.
 
     Build it with `offramp.attach`. The original is kept in `backbone`: the same object, its parameters shared.
@@ -60,9 +95,9 @@ class MultiExitModel(nn.Module):
         self._cut: tuple[Stages, _Watch] | None = None
 
     @property
-    def exits(self) -> int:
-        """E, the number of exits, the model's own output included."""
-        return len(self.taps) + 1
+    def example(self) -> Inputs:
+        """The example that it was attached with, where the original is now, in its type if it was in its type then."""
+        return self._placed_example()
 
     def forward(self, inputs: Inputs) -> Float[Tensor, "exit batch cls"]:
         """The logits of every exit; the last are the original's. Hooks live for the length of this call.
@@ -85,11 +120,6 @@ class MultiExitModel(nn.Module):
         """The original's own logits; no head runs."""
         output = self.backbone(inputs) if isinstance(inputs, Tensor) else self.backbone(**inputs)
         return logits_of(output, self.backbone)
-
-    def head_logits(self, k: int, tap: Tensor, mask: Tensor | None = None) -> Float[Tensor, "batch cls"]:
-        """Exit k's logits from its tap, for k < E-1; `mask` [batch tok] is used by heads that average tokens."""
-        head = self.heads[k]
-        return head(tap, mask) if getattr(head, "takes_mask", False) else head(tap)
 
     def stages(self) -> Stages:
         """The model cut behind its taps, E stages that share its weights and compute in eval mode.

@@ -1,14 +1,19 @@
 """A run directory: what was trained and how, and its weights. Read again by the command line and by quickstart.
 
-run.json              task, options, figures of the training, versions, machine, and the checksum of the weights
+run.json              task or own job, options, figures of the training, versions, machine, checksum of the weights
 model.safetensors     every parameter and buffer of the model with exits, once
+preprocess/           how a raw row becomes inputs, for own data
+network/              the configuration of a transformers network
 checkpoint/           the state of the training while it lasts
+SPLIT.safetensors     what every exit says about the rows of a split (`offramp record`)
+costs.json            what stages and heads cost (`offramp measure`)
+policies/NAME.json    calibrated policies (`offramp calibrate`)
 """
 
+import dataclasses
 import hashlib
-import platform
+import json
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +26,22 @@ from offramp.artefacts import read_json, write_atomically, write_json
 from offramp.checkpoints import named_tensors
 from offramp.errors import FormatError, OfframpError
 from offramp.jobs import JOBS, Job, job
-from offramp.machine import machine_line
+from offramp.machine import machine_line, versions
 from offramp.model import MultiExitModel
 from offramp.objectives import Objective, objective_to_dict
+from offramp.own import SPLITS, Own, OwnJob, own_job
+from offramp.preprocess import load_preprocess
 from offramp.recipe import Recipe, TrainReport
 
-__all__ = ["RUN", "WEIGHTS", "load_run", "read_run", "save_run"]
+__all__ = [
+    "RUN", "WEIGHTS", "costs_path", "held_out", "load_run", "policies_folder", "read_run", "save_run", "trace_path",
+]  # fmt: skip
 
-KIND, VERSION = "offramp.run", 1
-RUN, WEIGHTS = "run.json", "model.safetensors"
+KIND, VERSION = "offramp.run", 2
+RUN, WEIGHTS, PREPROCESS, NETWORK = "run.json", "model.safetensors", "preprocess", "network"
 OPTIONS = ("epochs", "limit", "max_length", "seed")  # of `job`; `data` is a matter of the machine
 FIELDS = {"task", "options", "exits", "classes", "weights_sha256", "report"} | {
-    "objective", "recipe", "versions", "machine",
+    "objective", "recipe", "versions", "machine", "own",
 }  # fmt: skip
 
 
@@ -45,6 +54,7 @@ def save_run(
     *,
     objective: Objective | None = None,
     recipe: Recipe | None = None,
+    own: OwnJob | None = None,
 ) -> Path:
     """The folder, after weights and `run.json` were written to it, each atomically.
 
@@ -54,8 +64,17 @@ def save_run(
         task: a name in `offramp.jobs.JOBS`.
         options: of `job`, without `data`; `load_run` builds the network by them.
         objective, recipe: what was used, for the record.
+        own: the job, when `task` is none of those.
     """
     folder = Path(folder)
+    if own is not None:
+        own.preprocess.save(folder / PREPROCESS)
+        network: Any = own.network.module
+        kept = folder / NETWORK / "config.json"
+        if own.network.kind is not None and hasattr(network, "config"):
+            write_json(kept, json.loads(network.config.to_json_string(use_diff=False)))
+        else:  # made by code, not by the configuration of an earlier run
+            kept.unlink(missing_ok=True)
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named_tensors(model)}
     write_atomically(folder / WEIGHTS, lambda partial: save_file(tensors, partial, metadata={"kind": KIND}))
     fields = {
@@ -67,8 +86,9 @@ def save_run(
         "report": report.to_dict(),
         "objective": None if objective is None else objective_to_dict(objective),
         "recipe": None if recipe is None else recipe.describe(),
-        "versions": _versions(),
+        "versions": versions(),
         "machine": machine_line(),
+        "own": None if own is None else dataclasses.asdict(own.own),
     }
     write_json(folder / RUN, {"kind": KIND, "version": VERSION, "fields": fields})
     return folder
@@ -91,12 +111,14 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     value = read_json(path)
     if value.get("kind") != KIND:
         raise FormatError(f"{path} is a {value.get('kind')!r}; expected {KIND!r}. Give a folder that train wrote.")
-    if value.get("version") != VERSION:
+    if value.get("version") not in (1, VERSION):
         raise FormatError(f"{path} is a run of version {value.get('version')!r}; this Offramp reads {VERSION}. Update.")
     fields = value.get("fields")
+    if isinstance(fields, dict) and value["version"] == 1:  # runs had no data of their own then
+        fields = {**fields, "own": None}
     if not isinstance(fields, dict) or set(fields) != FIELDS or not isinstance(fields["options"], dict):
         raise FormatError(f"{path} is damaged: its fields are not those of a run. Train again.")
-    if fields["task"] not in JOBS or not set(fields["options"]) <= set(OPTIONS):
+    if fields["own"] is None and (fields["task"] not in JOBS or not set(fields["options"]) <= set(OPTIONS)):
         raise FormatError(
             f"{path} is of the task {fields['task']!r} with options {sorted(fields['options'])}; "
             f"expected one of {', '.join(JOBS)}, with {', '.join(OPTIONS)}. Train again."
@@ -128,13 +150,47 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> tuple[Job
         tensors = load_file(weights)
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{weights} is not a readable safetensors file: {error}. Train again.") from None
-    try:
-        work = job(fields["task"], data=data, **fields["options"])
-    except (OfframpError, TypeError) as error:
-        raise FormatError(f"{folder / RUN} has options that make no job: {error} Train again.") from None
+    work = _job_of(folder, fields, data)
     model, tokenizer = work.build()
     _fill(model, tensors, weights)
     return work, model.eval(), tokenizer
+
+
+def _job_of(folder: Path, fields: Mapping[str, Any], data: str | Path | None) -> Job:
+    if fields["own"] is not None:
+        own = Own.of(fields["own"])
+        if data is not None and not Path(own.data).exists():  # the data have moved; their fingerprint is checked
+            own = dataclasses.replace(own, data=str(data))
+        return own_job(own, load_preprocess(folder / PREPROCESS), folder / NETWORK)
+    try:
+        return job(fields["task"], data=data, **fields["options"])
+    except (OfframpError, TypeError) as error:
+        raise FormatError(f"{folder / RUN} has options that make no job: {error} Train again.") from None
+
+
+def trace_path(folder: str | Path, split: str) -> Path:
+    """Where the trace of a split of a run is kept."""
+    return Path(folder) / f"{split}.safetensors"
+
+
+def costs_path(folder: str | Path) -> Path:
+    """Where the costs of a run are kept."""
+    return Path(folder) / "costs.json"
+
+
+def policies_folder(folder: str | Path) -> Path:
+    """Where the calibrated policies of a run are kept."""
+    return Path(folder) / "policies"
+
+
+def held_out(folder: str | Path) -> tuple[str, str]:
+    """(the split to calibrate on, the split to test on) of a run; the same name means halves of one split.
+
+    Raises:
+        FormatError: there is no finished run.
+    """
+    fields = read_run(folder)
+    return SPLITS[1:] if fields["own"] is not None else job(fields["task"], **fields["options"]).splits[1:]  # type: ignore[return-value]
 
 
 def _fill(model: MultiExitModel, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -160,13 +216,3 @@ def _fill(model: MultiExitModel, tensors: Mapping[str, Tensor], path: Path) -> N
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("offramp", "torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -10,7 +10,7 @@ from torch import Tensor
 from offramp.errors import ShapeError, ValueRangeError
 from offramp.graph import eval_mode
 from offramp.inputs import Inputs, batch_size
-from offramp.model import MultiExitModel
+from offramp.model import ExitModel
 from offramp.policies.base import Evidence, Policy, State, Step, check_exits, visits
 from offramp.scores import probabilities
 
@@ -50,8 +50,8 @@ class Runtime:
         NotStageable: the model cannot be cut at its exits.
     """
 
-    def __init__(self, model: MultiExitModel, policy: Policy) -> None:
-        if not isinstance(model, MultiExitModel):
+    def __init__(self, model: ExitModel, policy: Policy) -> None:
+        if not isinstance(model, ExitModel):
             raise ShapeError(f"the model is {type(model).__name__}; expected what attach(...) returned.")
         if isinstance(policy, type) or not isinstance(policy, Policy):
             raise ShapeError(f"the policy is {policy!r}; expected a value such as MaxProb(0.9).")

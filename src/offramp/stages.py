@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from offramp.cut import Live, Piece, cut
-from offramp.errors import NotStageable, ShapeError
+from offramp.errors import FormatError, NotStageable, ShapeError
 from offramp.graph import Axes, Traced, eval_mode
 from offramp.inputs import Inputs, batch_size, names_of, tensors_of
+from offramp.sizes import compile_sizes
 
-__all__ = ["Carry", "CarryItem", "StageInfo", "Stages", "stages_by_hand", "stages_of_graph"]
+__all__ = [
+    "Carry", "CarryItem", "Parts", "StageInfo", "Stages", "stages_by_hand", "stages_of_graph", "stages_of_parts",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,30 @@ def _select(value: Any, axis: int | None, multiple: bool, batch: int, index: Ten
     return apart.index_select(axis, index).flatten(axis, axis + 1)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """All that stages are made of: what a bundle writes down.
+
+    Args:
+        pieces: one per exit.
+        uncut: the whole model as one piece.
+        names: of the inputs.
+        axes, dtypes: per input.
+        ranges: least and greatest value of each symbol, the batch first.
+        taps: their names.
+        mask: the input that heads need besides their taps, or None.
+    """
+
+    pieces: tuple[Piece, ...]
+    uncut: Piece
+    names: tuple[str, ...]
+    axes: tuple[Axes, ...]
+    dtypes: tuple[torch.dtype, ...]
+    ranges: tuple[tuple[int, ...], ...]
+    taps: tuple[str, ...]
+    mask: str | None
+
+
 class Stages:
     """The stages of a model, E of them: stage k goes from carry to tap k, the last one to the model's own logits.
 
@@ -113,6 +140,7 @@ class Stages:
         bind: Callable[[Inputs], tuple[tuple[Any, ...], tuple[int, ...]]],
         whole: Callable[[Inputs], Tensor],
         infos: Sequence[StageInfo],
+        parts: Parts | None = None,
     ) -> None:
         self._last = len(calls) - 1
         self._steps = tuple(zip(calls, sizes, (*plans[1:], None), strict=True))
@@ -120,6 +148,7 @@ class Stages:
         self._bind = bind
         self._whole = whole
         self._infos = tuple(infos)
+        self.parts = parts  # None for stages given by hand
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -156,24 +185,47 @@ def stages_of_graph(traced: Traced, taps: Sequence[str], mask: str | None) -> St
     Raises:
         NotStageable: the rows cannot be told apart at a cut.
     """
-    pieces = cut(traced, keep=() if mask is None else (mask,))
     (uncut,) = cut(traced, whole=True)
-    plans = [_Plan(piece.enters, mask) for piece in pieces]
-    call, sizes = uncut.module.forward, uncut.sizes
-    dtypes = [node.meta["val"].dtype for node in traced.inputs]
-    bind_uncut = _binder(traced.names, traced.axes, dtypes, traced.ranges, [item.name for item in uncut.enters])
+    parts = Parts(
+        pieces=cut(traced, keep=() if mask is None else (mask,)),
+        uncut=uncut,
+        names=traced.names,
+        axes=traced.axes,
+        dtypes=tuple(node.meta["val"].dtype for node in traced.inputs),
+        ranges=traced.ranges,
+        taps=tuple(taps),
+        mask=mask,
+    )
+    try:
+        return stages_of_parts(parts)
+    except FormatError as error:
+        raise NotStageable(f"The model cannot be cut, because {error} Give attach(..., stages=[...]).") from None
+
+
+def stages_of_parts(parts: Parts) -> Stages:
+    """The stages that run the parts; they keep them as `stages.parts`."""
+    pieces, symbols = parts.pieces, len(parts.ranges)
+
+    def binder(piece: Piece) -> Callable[[Inputs], tuple[tuple[Any, ...], tuple[int, ...]]]:
+        return _binder(parts.names, parts.axes, parts.dtypes, parts.ranges, [item.name for item in piece.enters])
+
+    bind_uncut, call, sizes = binder(parts.uncut), parts.uncut.module.forward, compile_sizes(parts.uncut.sizes, symbols)
 
     def whole(given: Inputs) -> Tensor:
-        values, symbols = bind_uncut(given)
-        return call(*values, *sizes(*symbols))
+        values, numbers = bind_uncut(given)
+        return call(*values, *sizes(*numbers))
 
     return Stages(
         [piece.module.forward for piece in pieces],
-        [piece.sizes for piece in pieces],
-        plans,
-        _binder(traced.names, traced.axes, dtypes, traced.ranges, [item.name for item in pieces[0].enters]),
+        [compile_sizes(piece.sizes, symbols) for piece in pieces],
+        [_Plan(piece.enters, parts.mask) for piece in pieces],
+        binder(pieces[0]),
         whole,
-        [_info(k, name, piece, traced) for k, (name, piece) in enumerate(zip((*taps, "logits"), pieces, strict=True))],
+        [
+            _info(k, name, piece, symbols)
+            for k, (name, piece) in enumerate(zip((*parts.taps, "logits"), pieces, strict=True))
+        ],
+        parts,
     )
 
 
@@ -234,13 +286,13 @@ def _misfit(name: str, axes: Axes, tensor: Tensor) -> ShapeError:
     )
 
 
-def _info(k: int, tap: str, piece: Piece, traced: Traced) -> StageInfo:
+def _info(k: int, tap: str, piece: Piece, symbols: int) -> StageInfo:
     items = [
         CarryItem(item.name, "constant" if item.axis is None else "rows", item.shape, item.dtype)
         for item in piece.leaves
     ]
     if piece.leaves:
-        items += [CarryItem(f"n{j}" if j else "batch", "size", (), "int") for j in range(len(traced.symbols))]
+        items += [CarryItem(f"n{j}" if j else "batch", "size", (), "int") for j in range(symbols)]
     return StageInfo(k, tap, piece.nodes, piece.parameters, tuple(items))
 
 

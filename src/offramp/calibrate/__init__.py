@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from offramp.calibrate.eenet import EENetFit, blank_eenet, fit_eenet
 from offramp.calibrate.error_rate import ErrorRate, fit_error_rate
+from offramp.calibrate.max_drop import MaxDrop, cheapest_within
 from offramp.calibrate.quotas import quota_thresholds
 from offramp.calibrate.result import Calibration, Status
 from offramp.calibrate.spend import WINDOW, Spend
@@ -17,7 +18,7 @@ from offramp.policies.base import as_flags, as_floats
 from offramp.simulate import simulate, walk
 from offramp.trace import ExitTrace
 
-__all__ = ["Calibration", "EENetFit", "ErrorRate", "beem_weights", "calibrate", "quota_thresholds"]
+__all__ = ["Calibration", "EENetFit", "ErrorRate", "MaxDrop", "beem_weights", "calibrate", "quota_thresholds"]
 
 #: Every score is at least this, so that a threshold of ALWAYS lets every row leave.
 ALWAYS = -1e6
@@ -29,7 +30,7 @@ def calibrate(
     family: type,
     trace: ExitTrace,
     costs: CostModel,
-    target: Budget | ErrorRate,
+    target: Budget | ErrorRate | MaxDrop,
     *,
     weights: Weights = "accuracy",
     reset: Literal["own", "zero"] = "own",
@@ -48,9 +49,10 @@ def calibrate(
 
     Args:
         family: MaxProb, Entropy, Patience, BEEM or EENet.
-        trace: rows that training has not seen. BEEM-A, EENet and ErrorRate need labels.
+        trace: rows that training has not seen. BEEM-A, EENet, MaxDrop and ErrorRate need labels.
         costs: of the same model.
-        target: what a row may cost, or (MaxProb, Entropy, BEEM) how often leaving rows may err.
+        target: what a row may cost; or how much of a metric may be lost (MaxDrop: the cheapest such policy); or, for
+            MaxProb, Entropy and BEEM, how often leaving rows may err (ErrorRate).
         weights: BEEM's: "accuracy" (BEEM-A), "cost" (BEEM-C), or one number per exit.
         reset: BEEM's, see there.
         fit: EENet's settings.
@@ -67,6 +69,13 @@ def calibrate(
     start = _start(family, trace, weights, reset, flags)
     if isinstance(target, ErrorRate):
         return _to_error_rate(start, trace, costs, target)
+    if isinstance(target, MaxDrop):
+
+        def to_budget(budget: Budget) -> Calibration:
+            return calibrate(family, trace, costs, budget, weights=weights, reset=reset, fit=fit, enabled=enabled)
+
+        off = _start(family, trace, weights, reset, _only_last(trace.exits))
+        return _to_drop(to_budget, off, trace, costs, target, flags)
     cheapest = min(Spend(costs, target, flags).cumulative)
     if target.amount < cheapest * (1 - 1e-9):
         return _infeasible(start, trace, costs, target, cheapest, flags)
@@ -103,8 +112,8 @@ def _check_kinds(trace: Any, costs: Any, target: Any) -> None:
     for what, value, kinds in (("trace", trace, ExitTrace), ("costs", costs, CostModel)):
         if not isinstance(value, kinds):
             raise ShapeError(f"{what} is {type(value).__name__}; expected {kinds.__name__}.")
-    if not isinstance(target, Budget | ErrorRate):
-        raise ValueRangeError(f"the target is {target!r}; expected Budget(fraction=0.5) or such, or ErrorRate().")
+    if not isinstance(target, Budget | ErrorRate | MaxDrop):
+        raise ValueRangeError(f"the target is {target!r}; expected Budget(fraction=0.5), MaxDrop(0.01) or ErrorRate().")
 
 
 def _start(family: type, trace: ExitTrace, weights: Weights, reset: Any, flags: tuple[bool, ...]) -> Policy:
@@ -158,6 +167,22 @@ def _to_error_rate(start: Any, trace: ExitTrace, costs: CostModel, target: Error
         f"the final exit alone has {final:.4f}."
     )
     return Calibration(policy, target, outcome.cost, "best_effort" if none else "met", message, trace.rows)
+
+
+def _to_drop(
+    to_budget: Any, off: Policy, trace: ExitTrace, costs: CostModel, target: MaxDrop, flags: tuple[bool, ...]
+) -> Calibration:
+    least, most = min(costs.cumulative(flags)), costs.cumulative(_only_last(trace.exits))[-1]
+    found = cheapest_within(to_budget, trace, costs, target, least, most) if least < most else None
+    if found is None:
+        message = f"no cheaper policy of the family keeps {target} on these rows, so every row runs to the end."
+        return Calibration(off, target, most, "best_effort", message, trace.rows)
+    policy, cost, value, plain = found
+    message = (
+        f"{type(policy).__name__} spends {cost:.3f} of the plain model's cost with a {target.metric} of {value:.4f} "
+        f"against {plain:.4f}, on these {trace.rows} rows; on others it may lose more."
+    )
+    return Calibration(policy, target, cost, "met", message, trace.rows)
 
 
 def _infeasible(

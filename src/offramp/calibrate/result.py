@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from offramp.artefacts import read_json, write_json
 from offramp.calibrate.error_rate import ErrorRate
+from offramp.calibrate.max_drop import MaxDrop
 from offramp.cost import Budget
 from offramp.errors import FormatError
 from offramp.policies import Policy, from_dict, to_dict
@@ -25,7 +26,7 @@ class Calibration:
     Args:
         policy: what to run.
         target: what was asked for.
-        achieved: the mean cost on the calibration rows, in the target's unit (for ErrorRate as a fraction).
+        achieved: the mean cost on the calibration rows, in the target's unit (for ErrorRate and MaxDrop as a fraction).
         status: met; best_effort when the target holds but the family could not use the budget up; infeasible when no
             policy of the family meets the target (`policy` is then the nearest one, the cheapest).
         message: the same as a sentence for a person.
@@ -33,7 +34,7 @@ class Calibration:
     """
 
     policy: Policy
-    target: Budget | ErrorRate
+    target: Budget | ErrorRate | MaxDrop
     achieved: float
     status: Status
     message: str
@@ -66,7 +67,7 @@ class Calibration:
             if fields["status"] not in get_args(Status):
                 raise FormatError(f"status is {fields['status']!r}; expected one of {get_args(Status)}")
             target = dict(fields["target"])
-            made = {"Budget": Budget, "ErrorRate": ErrorRate}[target.pop("kind")](**target)
+            made = {"Budget": Budget, "ErrorRate": ErrorRate, "MaxDrop": MaxDrop}[target.pop("kind")](**target)
             return cls(**{**fields, "policy": from_dict(fields["policy"]), "target": made})
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise FormatError(f"{path} is a damaged calibration: {error}. Calibrate again.") from None

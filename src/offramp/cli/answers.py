@@ -1,89 +1,87 @@
-"""Commands that answer: predict, for texts or a split, and inspect, for files."""
+"""Commands that answer: predict, for texts, images, rows or a split, and inspect, for files."""
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from offramp.cli.feeding import Item, items_of
 from offramp.cli.holds import holds
-from offramp.cli.options import (
-    BatchSizeOption,
-    DataOption,
-    DeviceOption,
-    JsonOption,
-    RunArgument,
-    open_run,
-    read_policy,
-    split_name,
-    usage,
-)
+from offramp.cli.opening import Opened, chosen, open_target
+from offramp.cli.options import BatchSizeOption, DataOption, DeviceOption, JsonOption, split_name, usage
 from offramp.cli.show import line, note, percents, result
 from offramp.errors import DataError
 
 if TYPE_CHECKING:
-    from offramp.data import Examples
-    from offramp.jobs import Job
     from offramp.runtime import Runtime
 
-__all__ = ["inspect", "predict", "token_rows"]
+__all__ = ["inspect", "predict"]
 
 
 def predict(
-    run: RunArgument,
-    texts: Annotated[
-        list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts; - reads standard input.")
+    target: Annotated[
+        Path, typer.Argument(metavar="BUNDLE_OR_RUN", help="A folder of `offramp bundle create` or `offramp train`.")
+    ],
+    given: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TEXT|FILE]...", help="Texts, images, or one table (.csv, .jsonl, ...); - is standard input."
+        ),
     ] = None,
     policy: Annotated[
-        Path | None, typer.Option(help="A file that `offramp calibrate` wrote.", show_default=False)
+        str | None, typer.Option(help="A policy's name in the bundle, plain for none, or a file.", show_default=False)
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Answer the rows of a split of the task's data.")] = None,
+    fraction: Annotated[
+        float | None, typer.Option(help="The policy that spends at most this part of the plain model's cost.")
+    ] = None,
+    ms: Annotated[
+        float | None, typer.Option(help="The policy that spends at most so many milliseconds a batch.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Answer the rows of a split of the run's data.")] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Answer the lines of a file, one text each; - is standard input.")
+        Path | None, typer.Option(help="Answer a table, a folder of images, or lines; - is standard input.")
     ] = None,
+    keep: Annotated[str | None, typer.Option(help="Columns to repeat in the answers, e.g. id,text.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Answer bad rows with an error and go on.")] = False,
+    encoding: Annotated[str, typer.Option(help="Of text files and lines.")] = "utf-8",
     data: DataOption = None,
     batch_size: BatchSizeOption = 32,
     device: DeviceOption = "auto",
     json_out: JsonOption = False,
 ) -> None:
-    """Answer texts, or a split, under a policy: one JSON object a line, with --json or without, in the rows' order.
+    """Answer rows under a policy: one JSON object a line, with --json or without, in the rows' order.
 
-    A text of a task about two texts has a tab between them. Lines are answered in batches as they come.
+    Rows come from arguments, a file or standard input (texts, or JSON objects with the model's columns) and are
+    answered in batches as they come, so that any number of them runs in little memory.
     """
-    if policy is None:
-        raise usage("--policy is missing; give a file that `offramp calibrate` wrote.")
-    given = [name for name, value in (("TEXT", texts), ("--split", split), ("--file", file)) if value]
-    if not given and not sys.stdin.isatty():
-        given, file = ["--file"], Path("-")
-    if len(given) != 1:
-        raise usage(f"got {' and '.join(given) or 'none'} of TEXT, --split and --file; give exactly one.")
-    chosen, _ = read_policy(policy)
-    work, model, tokenizer = open_run(run, data, device)
-    from offramp.runtime import Runtime
-
-    answers = _Answers(Runtime(model, chosen), work)
+    named = [name for name, value in (("TEXT", given), ("--split", split), ("--file", file)) if value]
+    if not named and not sys.stdin.isatty():
+        named, file = ["--file"], Path("-")
+    if len(named) != 1:
+        raise usage(f"got {' and '.join(named) or 'none'} of TEXT, --split and --file; give exactly one.")
+    _known_encoding(encoding)
+    opened = open_target(target, data, device)
+    name, run = chosen(opened, policy, fraction, ms, batch_size)
+    answers = _Answers(run, opened, name, tuple(filter(None, (keep or "").split(","))))
     if split is not None:
-        _answer_split(answers, work.load(split_name(work, split), tokenizer), batch_size)
+        _answer_split(answers, opened, split, batch_size)
     else:
-        if tokenizer is None:
-            raise DataError(f"{work.name} is about images, not texts. Give --split test or such.")
-        from offramp.runs import read_run
-
-        length = read_run(run)["options"].get("max_length", 128)
-        source = nullcontext(texts) if texts and texts != ["-"] else _lines_of(file or Path("-"))
-        with source as lines:
-            _answer_texts(answers, lines or (), tokenizer, length, batch_size)
+        if opened.bundle.preprocess is None:
+            raise DataError(f"{target} does not say how rows become inputs. Give --split test or such.")
+        items = items_of(given or [], file, opened.bundle.preprocess, encoding=encoding)
+        _answer_items(answers, items, batch_size, skip_bad)
     answers.finish()
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A run, trace, costs or policy.")], json_out: JsonOption = False
+    path: Annotated[Path, typer.Argument(help="A bundle, run, trace, costs, calibration, policy or report.")],
+    json_out: JsonOption = False,
 ) -> None:
-    """Say in a few lines what a file or a run holds."""
+    """Say in a few lines what a file or a folder holds."""
     value = holds(path)
     result(value, (f"{name}: {_plain(what)}" for name, what in value.items()), json_out)
 
@@ -91,10 +89,11 @@ def inspect(
 class _Answers:
     """Writes answers as JSON lines and counts them."""
 
-    def __init__(self, runtime: "Runtime", work: "Job") -> None:
-        self.runtime, self.names, self.task = runtime, work.labels, work.name
+    def __init__(self, runtime: "Runtime", opened: Opened, name: str, keep: tuple[str, ...]) -> None:
+        self.runtime, self.opened, self.name, self.keep = runtime, opened, name, keep
+        self.labels = opened.bundle.labels
         self.left = [0] * runtime.model.exits
-        self.right = self.judged = self.cut = self.max_length = 0
+        self.right = self.judged = self.cut = self.bad = 0
 
     def write(self, inputs: Any, extra: Sequence[dict[str, Any]]) -> None:
         """Nothing; one line per row is on standard output, `extra[i]` among its keys."""
@@ -110,110 +109,104 @@ class _Answers:
         for label, probability, exit_, score, more in zip(*columns, extra, strict=True):
             self.left[exit_] += 1
             answer = {
-                "label": self.names[label],
+                "label": self.labels[label],
                 "probability": round(probability, 6),
                 "exit": exit_,
                 "score": round(score, 6),
             }
-            line(json.dumps({**answer, **more}, ensure_ascii=False))
+            line(json.dumps({**answer, **more}, ensure_ascii=False, default=str))
             if "truth" in more:
                 self.judged += 1
                 self.right += more["truth"] == answer["label"]
             self.cut += bool(more.get("truncated"))
-        sys.stdout.flush()
+
+    def refuse(self, item: Item) -> None:
+        """Nothing; the line of a row that cannot be answered is on standard output."""
+        self.bad += 1
+        line(json.dumps({"row": item.row, "error": f"{item.where}: {item.bad}"}, ensure_ascii=False))
 
     def finish(self) -> None:
         """Nothing; a summary is on standard error."""
         rows = sum(self.left)
+        if self.bad:
+            note(f"warning: {self.bad} of {rows + self.bad} rows could not be answered; their lines say why.")
         if not rows:
-            note("there was nothing to answer: no lines came.")
+            note("there was nothing to answer: no rows came." if not self.bad else "no row could be answered.")
             return
-        note(f"{rows} rows, left at each exit: {percents(n / rows for n in self.left)}")
+        note(f"{rows} rows under {self.name}, left at each exit: {percents(n / rows for n in self.left)}")
         if self.judged:
             note(f"{self.right} of {self.judged} are right ({100 * self.right / self.judged:.1f} %)")
         if self.cut:
-            note(f"note: {self.cut} of {rows} texts were cut at {self.max_length} tokens; they say truncated.")
+            note(f"note: {self.cut} of {rows} texts were longer than the model takes and were cut; they say truncated.")
 
 
-def _answer_split(answers: _Answers, rows: "Examples", batch_size: int) -> None:
-    import torch
+def _answer_split(answers: _Answers, opened: Opened, split: str, batch_size: int) -> None:
+    from offramp.loaders import as_loader
 
-    for begin in range(0, len(rows), batch_size):
-        index = torch.arange(begin, min(begin + batch_size, len(rows)))
-        batch = rows.batch(index)
-        truths = [None] * len(index) if batch.labels is None else batch.labels.tolist()
+    if opened.work is None:
+        raise usage("--split is for runs; a bundle does not know where its data were. Give --file.")
+    rows = opened.work.load(split_name(opened.work, split), opened.tokenizer)
+    for batch in as_loader(rows, batch_size):
+        truths = [None] * len(batch.rows) if batch.labels is None else batch.labels.tolist()
         extra = [
-            {"row": row} if truth is None else {"row": row, "truth": answers.names[truth]}
-            for row, truth in zip(index.tolist(), truths, strict=True)
+            {"row": row} if truth is None else {"row": row, "truth": answers.labels[truth]}
+            for row, truth in zip(batch.rows.tolist(), truths, strict=True)
         ]
         answers.write(batch.inputs, extra)
+        sys.stdout.flush()
 
 
-def _answer_texts(answers: _Answers, texts: Iterable[str], tokenizer: Any, max_length: int, batch_size: int) -> None:
-    import torch
-
-    from offramp.tasks import TEXT_TASKS
-
-    columns = len(TEXT_TASKS[answers.task][0])
-    answers.max_length = max_length
-    source = iter(texts)
-    row = 0
-    while chunk := list(islice(source, batch_size)):
-        rows, cut = token_rows(chunk, tokenizer, max_length, columns, first=row + 1)
-        extra = [{"row": row + i} | ({"truncated": True} if i in cut else {}) for i in range(len(chunk))]
-        answers.write(rows.batch(torch.arange(len(rows))).inputs, extra)
-        row += len(chunk)
-
-
-def token_rows(
-    texts: Sequence[str], tokenizer: Any, max_length: int, columns: int = 1, *, first: int = 1
-) -> tuple["Examples", set[int]]:
-    """(token rows, the places of those that were cut at `max_length` tokens).
-
-    Args:
-        columns: texts in each of `texts`, with tabs between them.
-        first: the number of the first one, for messages.
-
-    Raises:
-        DataError: one has another number of tabs.
-    """
-    from offramp.data import Examples
-
-    parts = [text.split("\t") if columns > 1 else [text] for text in texts]
-    for place, part in enumerate(parts):
-        if len(part) != columns:
-            raise DataError(
-                f"text {first + place} has {len(part)} part(s); this task takes {columns} texts with a tab between."
-            )
-    whole = tokenizer(*map(list, zip(*parts, strict=True)), truncation=False, verbose=False)
-    cut = {place for place, ids in enumerate(whole["input_ids"]) if len(ids) > max_length}
-    if cut:
-        whole = tokenizer(*map(list, zip(*parts, strict=True)), truncation=True, max_length=max_length)
-    return Examples(dict(whole), pad_id=tokenizer.pad_token_id or 0), cut
+def _answer_items(answers: _Answers, items: Iterator[Item], batch_size: int, skip_bad: bool) -> None:
+    preprocess: Any = answers.opened.bundle.preprocess
+    label = answers.opened.label
+    while chunk := list(islice(items, batch_size)):
+        checked = [_checked(item, preprocess) for item in chunk]
+        good = [item for item in checked if item.bad is None]
+        if not skip_bad and len(good) < len(checked):
+            checked = checked[: next(i for i, item in enumerate(checked) if item.bad is not None) + 1]
+            good = checked[:-1]  # what came before the bad row is answered
+        if good:
+            rows = [item.values for item in good]
+            extra = [_extra(item, label, answers) for item in good]
+            for place in preprocess.truncated(rows) if preprocess.kind == "text" else ():
+                extra[place]["truncated"] = True
+            answers.write(preprocess.batch(rows), extra)
+        for item in checked:
+            if item.bad is not None and skip_bad:
+                answers.refuse(item)
+        sys.stdout.flush()
+        if not skip_bad and len(good) < len(checked):
+            bad = checked[-1]
+            raise DataError(f"{bad.where}: {bad.bad}. Mend it, or give --skip-bad to answer the others.")
 
 
-class _lines_of:
-    """The lines of a file or of standard input as UTF-8, without their ends."""
+def _checked(item: Item, preprocess: Any) -> Item:
+    if item.bad is not None:
+        return item
+    why = preprocess.check(item.values)
+    return item if why is None else Item(item.row, item.where, item.values, why.rstrip("."))
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.name = path, "standard input" if str(path) == "-" else str(path)
 
-    def __enter__(self) -> Iterator[str]:
-        self.file = sys.stdin.buffer if str(self.path) == "-" else open(self.path, "rb")
-        return self._lines()
+def _extra(item: Item, label: str | None, answers: _Answers) -> dict[str, Any]:
+    found: dict[str, Any] = {"row": item.row}
+    if label is not None and str(item.values.get(label, "")).strip() in answers.labels:
+        found["truth"] = str(item.values[label]).strip()
+    if "file" in item.values:
+        found["file"] = item.values["file"]
+    for name in answers.keep:
+        if name not in item.values:
+            raise DataError(f"{item.where} has no column {name!r} to keep; it has {', '.join(map(str, item.values))}.")
+        found[name] = item.values[name]
+    return found
 
-    def __exit__(self, *_: object) -> None:
-        if self.file is not sys.stdin.buffer:
-            self.file.close()
 
-    def _lines(self) -> Iterator[str]:
-        for number, raw in enumerate(self.file, 1):
-            try:
-                yield raw.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"line {number} of {self.name} is not UTF-8 ({error.reason}). Convert it first."
-                ) from None
+def _known_encoding(encoding: str) -> None:
+    import codecs
+
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        raise usage(f"--encoding is {encoding!r}, which is unknown; expected utf-8, latin-1, cp1252, ...") from None
 
 
 def _plain(value: Any) -> str:

@@ -1,6 +1,7 @@
 """The commands, the global options, and what becomes of errors.
 
-Exit codes: 0 ok, 1 an error that the message explains, 2 wrong usage, 3 a budget that cannot be met, 130 interrupted.
+Exit codes: 0 ok, 1 an error that the message explains, 2 wrong usage, 3 a budget that cannot be met, 70 a mistake of
+Offramp's own, 130 interrupted, 141 the reader of standard output has gone.
 """
 
 import os
@@ -12,29 +13,31 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from offramp.cli import answers, choosing, running
-from offramp.cli.show import note
+from offramp.cli import answers, attaching, bundling, choosing, reporting, running, training
+from offramp.cli.show import note, set_quiet
 from offramp.errors import OfframpError
 
 __all__ = ["FAILED", "INFEASIBLE", "INTERRUPTED", "app", "main"]
 
-FAILED, INFEASIBLE, INTERRUPTED, PIPE_CLOSED = 1, choosing.INFEASIBLE, 130, 141
+FAILED, INFEASIBLE, BUG, INTERRUPTED, PIPE_CLOSED = 1, choosing.INFEASIBLE, 70, 130, 141
 
 COMMANDS: dict[str, tuple[Any, str]] = {
     "quickstart": (running.quickstart, "offramp quickstart --out runs/digits"),
-    "train": (running.train, "offramp train digits --epochs 10 --out runs/digits"),
-    "record": (running.record, "offramp record runs/digits --split calibrate --out trace.safetensors"),
-    "measure": (running.measure, "offramp measure runs/digits --batch-sizes 1,8,32 --out costs.json"),
+    "attach": (attaching.attach, "offramp attach minilm --every 2"),
+    "train": (training.train, "offramp train reviews.csv --model minilm --out runs/reviews"),
+    "record": (running.record, "offramp record runs/reviews"),
+    "measure": (running.measure, "offramp measure runs/reviews --batch-sizes 1,8,32"),
     "calibrate": (
         choosing.calibrate,
-        "offramp calibrate trace.safetensors --costs costs.json --policy beem-a --fraction 0.5 --out policy.json",
+        "offramp calibrate runs/reviews --policy beem-a --fraction 0.5",
     ),
     "compare": (
         choosing.compare,
-        "offramp compare trace.safetensors --costs costs.json --policies max-prob,beem-a --budgets 0.4,0.6",
+        "offramp compare runs/reviews --policies max-prob,beem-a --budgets 0.4,0.6",
     ),
-    "predict": (answers.predict, "offramp predict runs/sst2 --policy policy.json 'a film that stays with you'"),
-    "inspect": (answers.inspect, "offramp inspect trace.safetensors"),
+    "predict": (answers.predict, "offramp predict reviews.offramp 'a film that stays with you'"),
+    "report": (reporting.report, "offramp report runs/reviews --picture reviews.svg"),
+    "inspect": (answers.inspect, "offramp inspect reviews.offramp"),
 }
 
 
@@ -59,8 +62,15 @@ class _Commands(TyperGroup):
                 raise typer.Exit(PIPE_CLOSED) from None
             except Exception as error:
                 told = _told(error)
-                if debug or told is None:
+                if debug or _is_usage(error):
                     raise
+                if told is None:
+                    first = (str(error).splitlines() or ["no reason given"])[0][:300]
+                    note(
+                        f"error: {type(error).__name__}: {first}. This is a mistake in Offramp, not yours; please "
+                        "report it with the traceback that `offramp --debug ...` shows."
+                    )
+                    raise typer.Exit(BUG) from None
                 note(f"error: {told}")
                 raise typer.Exit(FAILED) from None
 
@@ -68,7 +78,9 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     help="Early exits for any PyTorch model that save measured time.",
-    epilog="Example: offramp quickstart",
+    epilog="Examples: offramp quickstart | offramp train reviews.csv --model minilm --out runs/reviews. Exit codes: 0 "
+    "ok, 1 an error that the message explains, 2 wrong usage, 3 a budget that cannot be met, 70 a mistake of Offramp's "
+    "own, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -89,15 +101,20 @@ def _options(
     debug: Annotated[
         bool, typer.Option("--debug", envvar="OFFRAMP_DEBUG", help="Show tracebacks and all warnings.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only results, warnings and errors: no notes, no progress.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Early exits for any PyTorch model that save measured time."""
+    set_quiet(quiet)
 
 
 for _name, (_command, _example) in COMMANDS.items():
     app.command(_name, epilog=f"Example: {_example}")(_command)
+app.add_typer(bundling.app, name="bundle")
 
 
 def main() -> None:
@@ -115,9 +132,19 @@ def _told(error: Exception) -> str | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}."
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        return "there is not enough memory. Give a smaller --batch-size, --limit or --max-length."
     if type(error).__name__ == "SafetensorError":  # what it raises for a full or read-only disk, too
         return f"{error}. Check the file and its folder."
     return None
+
+
+def _is_usage(error: Exception) -> bool:
+    """Whether the command line itself says what is wrong, or the program has ended."""
+    from click import Abort, ClickException
+    from click.exceptions import Exit
+
+    return isinstance(error, ClickException | Abort | Exit)
 
 
 def _show_warning(message: Any, category: Any, filename: str, *_: Any) -> None:

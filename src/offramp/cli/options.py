@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from offramp.calibrate import Calibration
     from offramp.jobs import Job
     from offramp.model import MultiExitModel
+    from offramp.objectives import Objective
 
 __all__ = [
     "BatchSizeOption",
@@ -24,11 +25,16 @@ __all__ = [
     "JsonOption",
     "LimitOption",
     "Loss",
+    "Metric",
     "RunArgument",
     "SeedOption",
     "Task",
     "TraceArgument",
     "check_out",
+    "device_of",
+    "image_size",
+    "names_in",
+    "objective_of",
     "open_run",
     "read_policy",
     "split_name",
@@ -62,6 +68,14 @@ class Family(StrEnum):
     eenet = "eenet"
 
 
+class Metric(StrEnum):
+    """Names of `offramp.metrics.METRICS`."""
+
+    accuracy = "accuracy"
+    balanced_accuracy = "balanced-accuracy"
+    macro_f1 = "macro-f1"
+
+
 class Loss(StrEnum):
     """Names of objectives that need nothing but the data."""
 
@@ -74,7 +88,9 @@ class Loss(StrEnum):
 
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `offramp train` wrote.")]
-TraceArgument = Annotated[Path, typer.Argument(metavar="TRACE", help="A file that `offramp record` wrote.")]
+TraceArgument = Annotated[
+    Path, typer.Argument(metavar="RUN_OR_TRACE", help="A run that was recorded and measured, or a trace file.")
+]
 DataOption = Annotated[
     Path | None,
     typer.Option(
@@ -85,7 +101,9 @@ EpochsOption = Annotated[int | None, typer.Option(min=1, help="Passes over the d
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Use at most so many training rows.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Of weights, order and augmentation.")]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Rows at once.")]
-CostsOption = Annotated[Path, typer.Option(help="A file that `offramp measure` wrote for the same run.")]
+CostsOption = Annotated[
+    Path | None, typer.Option(help="A file that `offramp measure` wrote for the same run; RUN/costs.json by default.")
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU when there is one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON on standard output and nothing else there.")]
 
@@ -104,6 +122,29 @@ def whole_numbers(text: str, option: str) -> tuple[int, ...]:
     if not numbers or min(numbers) < 1:
         raise usage(f"{option} is {text!r}; expected whole numbers of at least 1 with commas, e.g. 1,8,32.")
     return numbers
+
+
+def names_in(text: str | None) -> tuple[str, ...] | None:
+    """The names in "a,b"; None for None."""
+    if text is None:
+        return None
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names) or len(set(names)) != len(names):
+        raise usage(f"{text!r} is no list of names; expected different names with commas, e.g. title,body.")
+    return names
+
+
+def image_size(text: str | None) -> tuple[int, int] | None:
+    """(height, width) of "32" or "32x48"; None for None."""
+    if text is None:
+        return None
+    try:
+        sides = [int(part) for part in text.lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise usage(f"--image-size is {text!r}; expected SIDE or HEIGHTxWIDTH in pixels, e.g. 32 or 32x48.")
+    return sides[0], sides[-1]
 
 
 def check_out(path: Path, *, folder: bool = False) -> Path:
@@ -126,9 +167,20 @@ def check_out(path: Path, *, folder: bool = False) -> Path:
 
 def open_run(run: Path, data: Path | None, device: str) -> tuple["Job", "MultiExitModel", Any]:
     """(job, model on the device in eval mode, tokenizer or None)."""
-    import torch
-
     from offramp.runs import load_run
+
+    place = device_of(device)
+    work, model, tokenizer = load_run(run, data=data)
+    return work, model.to(place), tokenizer
+
+
+def device_of(device: str) -> Any:
+    """The torch.device of that name; "auto" is a GPU when there is one.
+
+    Raises:
+        ValueRangeError: it cannot be used.
+    """
+    import torch
 
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -138,8 +190,7 @@ def open_run(run: Path, data: Path | None, device: str) -> tuple["Job", "MultiEx
         raise ValueRangeError(
             f"the device {device!r} cannot be used: {str(error).splitlines()[0]} Use --device cpu."
         ) from None
-    work, model, tokenizer = load_run(run, data=data)
-    return work, model.to(place), tokenizer
+    return place
 
 
 def split_name(work: "Job", split: str) -> str:
@@ -165,3 +216,18 @@ def read_policy(path: Path) -> tuple[Any, "Calibration | None"]:
         raise FormatError(f"{path} is of kind {kind!r} and no policy. Give a file that `offramp calibrate` wrote.")
     found = Calibration.load(path)
     return found.policy, found
+
+
+def objective_of(loss: Loss) -> "Objective":
+    """The objective that a name on the command line stands for."""
+    from offramp import objectives as o
+
+    made: dict[Loss, Objective] = {
+        Loss.depth: o.DepthWeighted(),
+        Loss.uniform: o.Uniform(),
+        Loss.eenet: o.EENetLoss(),
+        Loss.self_distill: o.SelfDistill(),
+        Loss.final_only: o.FinalOnly(),
+        Loss.two_stage: o.TwoStage(),
+    }
+    return made[loss]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +13,6 @@ from offramp.cli.options import (
     EpochsOption,
     JsonOption,
     LimitOption,
-    Loss,
     RunArgument,
     SeedOption,
     Task,
@@ -22,13 +21,12 @@ from offramp.cli.options import (
     split_name,
     whole_numbers,
 )
-from offramp.cli.show import compared, line, note, percent, percents, result, table
+from offramp.cli.show import compared, is_quiet, line, note, percent, percents, result, table
 
 if TYPE_CHECKING:
-    from offramp.objectives import Objective
     from offramp.quickstart import QuickResult
 
-__all__ = ["measure", "objective_of", "quickstart", "record", "train"]
+__all__ = ["measure", "quickstart", "record"]
 
 SplitOption = Annotated[
     str, typer.Option(help="Of the task's data, e.g. validation; calibrate is the one that the task calibrates on.")
@@ -49,95 +47,60 @@ def quickstart(
     folder = check_out(out if out is not None else Path("runs") / task.value, folder=True)
     from offramp.quickstart import quickstart as run
 
-    found = run(task.value, data=data, out=folder, epochs=epochs, limit=limit, seed=seed)
+    found = run(task.value, data=data, out=folder, epochs=epochs, limit=limit, seed=seed, progress=not is_quiet())
     if json_out:
         result(found.to_dict(), (), True)
     else:
         _show_quickstart(found, folder)
 
 
-def train(
-    task: Annotated[Task, typer.Argument(help="What to learn.")],
-    out: Annotated[Path, typer.Option(help="The folder of the run.")],
-    data: DataOption = None,
-    epochs: EpochsOption = None,
-    limit: LimitOption = None,
-    seed: SeedOption = 0,
-    objective: Annotated[Loss | None, typer.Option(help="What to minimise, instead of the recipe's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows per step, instead of the recipe's.")] = None,
-    lr: Annotated[float | None, typer.Option(help="The highest learning rate, instead of the recipe's.")] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a text; what is longer is cut.")] = 128,
-    resume: Annotated[bool, typer.Option(help="Go on from OUT/checkpoint if the training was stopped.")] = True,
-    json_out: JsonOption = False,
-) -> None:
-    """Train a task's network with all its exits. Given again after a stop, the command goes on where it was."""
-    check_out(out, folder=True)
-    from offramp.jobs import job
-    from offramp.runs import save_run
-    from offramp.train import train as run
-
-    options: dict[str, Any] = {"epochs": epochs, "limit": limit, "max_length": max_length, "seed": seed}
-    work = job(task.value, data=data, **options)
-    changed: dict[str, Any] = {
-        name: value for name, value in (("batch_size", batch_size), ("lr", lr)) if value is not None
-    }
-    recipe = dataclasses.replace(work.recipe, **changed)
-    chosen = work.objective if objective is None else objective_of(objective)
-    model, tokenizer = work.build()
-    rows, validation = (work.load(split, tokenizer) for split in work.splits[:2])
-    report = run(
-        model,
-        rows,
-        objective=chosen,
-        recipe=recipe,
-        validation=validation,
-        checkpoint=out / "checkpoint",
-        resume=resume,
-    )
-    save_run(out, task.value, options, model, report, objective=chosen, recipe=recipe)
-    if work.note:
-        note(f"note: {work.note}")
-    held_out = f"exits on {work.splits[1]} rows: " + ", ".join(map(percent, report.accuracy or ()))
-    result(
-        {"run": str(out), "task": task.value, "rows": len(rows), "exits": model.exits, "report": report.to_dict()},
-        (f"trained {task.value} on {len(rows)} rows in {report.seconds:.0f} s: loss {report.loss:.4f}", held_out,
-         f"wrote {out}"),
-        json_out,
-    )  # fmt: skip
-
-
 def record(
     run: RunArgument,
-    out: Annotated[Path, typer.Option(help="The trace to write, .safetensors.")],
-    split: SplitOption = "calibrate",
+    out: Annotated[
+        Path | None, typer.Option(help="The trace to write, .safetensors; RUN/SPLIT.safetensors by default.")
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the run's data; by default those that it calibrates on and tests on, one after the other."
+        ),
+    ] = None,
     data: DataOption = None,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
     json_out: JsonOption = False,
 ) -> None:
     """Record what every exit says about every row of a split; calibrate and compare work on that."""
-    check_out(out)
+    if out is not None and split is None:
+        split = "calibrate"
+    from offramp.runs import trace_path
+
+    check_out(out if out is not None else trace_path(run, "any")) if run.is_dir() else None
     work, model, tokenizer = open_run(run, data, device)
     from offramp.record import record as run_record
 
-    name = split_name(work, split)
-    trace = run_record(model, work.load(name, tokenizer), batch_size=batch_size)
-    trace = dataclasses.replace(trace, source=f"{work.name} {name}")
-    trace.save(out)
-    accuracy = trace.accuracy()
-    result(
-        {"out": str(out), "source": trace.source, "exits": trace.exits, "rows": trace.rows, "accuracy": accuracy},
-        (
-            f"{trace.rows} rows of {trace.source}, {trace.exits} exits: " + ", ".join(map(percent, accuracy)),
-            f"wrote {out}",
-        ),
-        json_out,
-    )
+    names = tuple(dict.fromkeys(work.splits[1:])) if split is None else (split_name(work, split),)
+    written = []
+    for name in names:
+        trace = run_record(model, work.load(name, tokenizer), batch_size=batch_size, progress=not is_quiet())
+        trace = dataclasses.replace(trace, source=f"{work.name} {name}")
+        path = trace.save(out or trace_path(run, name))
+        written.append((path, trace))
+    values = [
+        {"out": str(path), "source": trace.source, "exits": trace.exits, "rows": trace.rows,
+         "accuracy": trace.accuracy()}
+        for path, trace in written
+    ]  # fmt: skip
+    lines = []
+    for path, trace in written:
+        accuracy = ", ".join(map(percent, trace.accuracy()))
+        lines += [f"{trace.rows} rows of {trace.source}, {trace.exits} exits: {accuracy}", f"wrote {path}"]
+    result(values[0] if len(values) == 1 else {"traces": values}, lines, json_out)
 
 
 def measure(
     run: RunArgument,
-    out: Annotated[Path, typer.Option(help="The costs to write, .json.")],
+    out: Annotated[Path | None, typer.Option(help="The costs to write; RUN/costs.json by default.")] = None,
     batch_sizes: Annotated[str, typer.Option(help="Sizes to time; those in between are interpolated.")] = (
         "1,2,4,8,16,32,64,128"
     ),
@@ -148,15 +111,17 @@ def measure(
 ) -> None:
     """Count the FLOPs and time every stage and head on this machine, on typical rows of a split."""
     sizes = whole_numbers(batch_sizes, "--batch-sizes")
-    check_out(out)
-    work, model, tokenizer = open_run(run, data, device)
-    import torch
+    from offramp.runs import costs_path
 
+    out = out or costs_path(run)
+    check_out(out) if run.is_dir() else None
+    work, model, tokenizer = open_run(run, data, device)
+    from offramp.loaders import as_loader
     from offramp.measure import measure as run_measure
     from offramp.record import to_device
 
     rows = work.load(split_name(work, split), tokenizer)
-    typical = rows.batch(torch.arange(min(len(rows), TYPICAL))).inputs
+    typical = next(iter(as_loader(rows, min(len(rows), TYPICAL)))).inputs
     note(f"timing {work.name} at batch sizes {', '.join(map(str, sizes))} ...")
     costs = run_measure(model, to_device(typical, next(model.parameters()).device), batch_sizes=sizes)
     costs.save(out)
@@ -174,21 +139,6 @@ def measure(
         ),
     )
     line(f"wrote {out}")
-
-
-def objective_of(loss: Loss) -> "Objective":
-    """The objective that a name on the command line stands for."""
-    from offramp import objectives as o
-
-    made: dict[Loss, Objective] = {
-        Loss.depth: o.DepthWeighted(),
-        Loss.uniform: o.Uniform(),
-        Loss.eenet: o.EENetLoss(),
-        Loss.self_distill: o.SelfDistill(),
-        Loss.final_only: o.FinalOnly(),
-        Loss.two_stage: o.TwoStage(),
-    }
-    return made[loss]
 
 
 def _ms(seconds: float) -> str:
@@ -236,6 +186,6 @@ def _show_quickstart(found: "QuickResult", folder: Path) -> None:
     judge = f" --test {folder}/{split}.safetensors" if fit != split else ""  # else halves take turns
     line(f"files are in {folder}; try next:")
     line(f"  offramp compare {folder}/{fit}.safetensors{judge} --costs {folder}/costs.json --budgets 0.4:0.9:0.1")
-    line(f"  offramp calibrate {folder}/{fit}.safetensors --costs {folder}/costs.json --policy beem-a "
-         f"--fraction 0.6 --out {folder}/beem.json")  # fmt: skip
-    line(f"  offramp predict {folder} --policy {folder}/beem.json --split {split}")
+    line(f"  offramp calibrate {folder} --policy beem-a --fraction 0.6")
+    line(f"  offramp report {folder}")
+    line(f"  offramp predict {folder} --split {split}")

@@ -6,8 +6,12 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["as_json", "compared", "compared_rows", "line", "note", "percent", "percents", "result", "table"]
+__all__ = [
+    "as_json", "compared", "compared_rows", "is_quiet", "line", "note", "percent", "percents", "result", "set_quiet",
+    "table",
+]  # fmt: skip
 
+_QUIET = [False]
 WIDTH = 120  # of tables where no terminal says its own
 
 
@@ -16,9 +20,20 @@ def line(text: str) -> None:
     print(text)
 
 
+def set_quiet(quiet: bool) -> None:
+    """Nothing; from now on only warnings and errors are on standard error, and no progress."""
+    _QUIET[:] = [quiet]
+
+
+def is_quiet() -> bool:
+    """Whether only warnings and errors are wanted on standard error."""
+    return _QUIET[0]
+
+
 def note(text: str) -> None:
-    """Nothing; the text is a line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """Nothing; the text is a line on standard error, unless it is no warning or error and they alone are wanted."""
+    if not _QUIET[0] or text.startswith(("error", "warning", "interrupted")):
+        print(text, file=sys.stderr, flush=True)
 
 
 def as_json(value: Any) -> str:
@@ -77,9 +92,20 @@ def compared_rows(rows: Iterable[Any]) -> list[dict[str, Any]]:
 
 def compared(rows: Sequence[Any], title: str) -> None:
     """Nothing; rows of `offramp.compare` are on standard output as a table, its warnings on standard error."""
+    other = bool(rows) and rows[0].metric != "accuracy"
     table(
         title,
-        ("policy", "budget", "status", "cost", "accuracy", "95 % interval", "plain", "left at each exit"),
+        (
+            "policy",
+            "target",
+            "status",
+            "cost",
+            "accuracy",
+            "95 % interval",
+            "plain",
+            *((rows[0].metric, "95 % interval", "plain") if other else ()),
+            "left at each exit",
+        ),
         (
             (
                 row.family,
@@ -89,6 +115,15 @@ def compared(rows: Sequence[Any], title: str) -> None:
                 percent(row.accuracy),
                 f"{100 * row.low:.1f} to {100 * row.high:.1f}",
                 percent(row.plain),
+                *(
+                    (
+                        percent(row.value),
+                        f"{100 * row.value_low:.1f} to {100 * row.value_high:.1f}",
+                        percent(row.value_plain),
+                    )
+                    if other
+                    else ()
+                ),
                 percents(row.shares),
             )
             for row in rows

@@ -1,0 +1,120 @@
+"""What `predict` runs: a bundle, or a run as a bundle in memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offramp.cli.options import device_of, open_run, read_policy, usage
+from offramp.cli.show import note
+from offramp.errors import FormatError
+
+if TYPE_CHECKING:
+    from offramp.bundle import Bundle, Choice
+    from offramp.jobs import Job
+    from offramp.runtime import Runtime
+
+__all__ = ["Opened", "choices_of", "chosen", "is_bundle", "open_target", "run_as_bundle"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A bundle, and for a run its job, its tokenizer and the name of the label column."""
+
+    bundle: "Bundle"
+    work: "Job | None" = None
+    tokenizer: Any = None
+    label: str | None = None
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a folder holds a bundle."""
+    return (path / "manifest.json").is_file()
+
+
+def open_target(path: Path, data: Path | None, device: str) -> Opened:
+    """The bundle or the run in a folder.
+
+    Raises:
+        FormatError: it is neither, or damaged.
+    """
+    if is_bundle(path):
+        from offramp.bundle import Bundle
+
+        bundle = Bundle.load(path, device=device_of(device))
+        label = bundle.about.get("label")
+        return Opened(bundle, label=label if isinstance(label, str) else None)
+    if path.is_dir() and not (path / "run.json").is_file() and not (path / "checkpoint").is_dir():
+        raise FormatError(f"{path} is neither a bundle nor a run: it has no manifest.json and no run.json.")
+    return run_as_bundle(path, data, device)
+
+
+def run_as_bundle(run: Path, data: Path | None, device: str) -> Opened:
+    """A run with its policies and costs as a bundle in memory."""
+    from offramp.bundle import Bundle
+    from offramp.cost import CostModel
+    from offramp.preprocess import TextPreprocess
+    from offramp.runs import costs_path, read_run
+    from offramp.tasks import TEXT_TASKS
+
+    work, model, tokenizer = open_run(run, data, device)
+    fields = read_run(run)
+    preprocess = work.preprocess
+    if preprocess is None and tokenizer is not None:
+        length = fields["options"].get("max_length", 128)
+        preprocess = TextPreprocess.of(tokenizer, TEXT_TASKS[work.name][0], length)
+    costs = CostModel.load(costs_path(run)) if costs_path(run).is_file() else None
+    bundle = Bundle(
+        model,
+        labels=work.labels or tuple(map(str, range(model.classes))),
+        policies=choices_of(run, costs, model.exits),
+        costs=costs if costs is None or costs.exits == model.exits else None,
+        preprocess=preprocess,
+        title=work.name,
+    )
+    own = fields["own"]
+    return Opened(bundle, work, tokenizer, "label" if own is None else own["label"])
+
+
+def choices_of(run: Path, costs: Any, exits: int) -> "dict[str, Choice]":
+    """The policies of a run by name, with the exit shares on its calibration rows where these are recorded."""
+    from offramp.bundle import Choice
+    from offramp.runs import held_out, policies_folder, trace_path
+    from offramp.simulate import simulate
+    from offramp.trace import ExitTrace
+
+    found: dict[str, Choice] = {}
+    paths = sorted(policies_folder(run).glob("*.json")) if policies_folder(run).is_dir() else []
+    trace = None
+    if paths and costs is not None and trace_path(run, held_out(run)[0]).is_file():
+        trace = ExitTrace.load(trace_path(run, held_out(run)[0]))
+    for path in paths:
+        policy, calibration = read_policy(path)
+        shares = simulate(policy, trace, costs).shares if trace is not None and trace.exits == exits else None
+        found[path.stem] = Choice(policy, calibration, shares)
+    return found
+
+
+def chosen(
+    opened: Opened, policy: str | None, fraction: float | None, ms: float | None, batch_size: int
+) -> "tuple[str, Runtime]":
+    """(name, runtime) of the policy that the options name."""
+    from offramp.cost import Budget
+    from offramp.runtime import Runtime
+
+    given = [
+        name for name, value in (("--policy", policy), ("--fraction", fraction), ("--ms", ms)) if value is not None
+    ]
+    if len(given) > 1:
+        raise usage(f"got {' and '.join(given)}; give one of them.")
+    bundle = opened.bundle
+    if policy is not None and policy not in bundle.names and Path(policy).suffix == ".json":
+        return Path(policy).stem, Runtime(bundle.model, read_policy(Path(policy))[0])
+    budget = None
+    if fraction is not None or ms is not None:
+        budget = Budget(fraction=fraction, ms=ms, batch_size=batch_size)
+    if not given and not bundle.policies and opened.work is not None:
+        raise usage("--policy is missing: the run has no calibrated policies. See `offramp calibrate`, or give plain.")
+    name, _ = bundle.choose(policy, budget=budget)
+    if not given and len(bundle.names) > 2:
+        note(f"policy: {name} (the default; there are {', '.join(bundle.names)})")
+    return name, bundle.runtime(name)

@@ -1,0 +1,172 @@
+"""`offramp train`: a named task, or a user's own data and network."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offramp.cli.options import (
+    DataOption,
+    EpochsOption,
+    JsonOption,
+    LimitOption,
+    Loss,
+    SeedOption,
+    Task,
+    check_out,
+    image_size,
+    names_in,
+    objective_of,
+    usage,
+)
+from offramp.cli.show import is_quiet, note, percent, result
+
+if TYPE_CHECKING:
+    from offramp.jobs import Job
+    from offramp.own import OwnJob
+
+__all__ = ["train"]
+
+
+def train(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="TASK_OR_DATA",
+            help="A named task, or your data: .csv, .tsv, .jsonl, .parquet, a folder of images or tables, a hub name.",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The folder of the run; runs/TASK_OR_DATA by default.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="For your data: minilm, resnet20, resnet56, package.module:function, a transformers folder or name."
+        ),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="The column, or two, that the network is fed; guessed.")] = None,
+    label: Annotated[str | None, typer.Option(help="The column that it is to say; guessed.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Rows to calibrate on, instead of a part of the data.")] = None,
+    test: Annotated[str | None, typer.Option(help="Rows to test on, instead of a part of the data.")] = None,
+    at: Annotated[str | None, typer.Option(help="Modules to put exits behind, with commas; found by default.")] = None,
+    every: Annotated[int | None, typer.Option(min=1, help="An exit behind every n-th block of the network.")] = None,
+    head: Annotated[str | None, typer.Option(help="auto, map, conv, first, mean, pooler or vector.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="For texts and a network of your own: whose tokenizer.")] = None,
+    image_size_: Annotated[
+        str | None, typer.Option("--image-size", help="Of images: SIDE or HEIGHTxWIDTH, instead of the network's own.")
+    ] = None,
+    grey: Annotated[bool, typer.Option("--grey", help="Images of one channel.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used.")] = False,
+    encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
+    data: DataOption = None,
+    epochs: EpochsOption = None,
+    limit: LimitOption = None,
+    seed: SeedOption = 0,
+    objective: Annotated[Loss | None, typer.Option(help="What to minimise, instead of the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows per step, instead of the recipe's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The highest learning rate, instead of the recipe's.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a text; what is longer is cut.")] = 128,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show data, exits and cost, and train nothing.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on from OUT/checkpoint if the training was stopped.")] = True,
+    json_out: JsonOption = False,
+) -> None:
+    """Train a network with all its exits. Given again after a stop, the command goes on where it was.
+
+    Columns, classes and places of exits are found and shown, with the time and memory it will take, before it begins.
+    """
+    named = {
+        "--text": text, "--label": label, "--validation": validation, "--test": test, "--at": at, "--every": every,
+        "--head": head, "--tokenizer": tokenizer, "--image-size": image_size_, "--model": model,
+    }  # fmt: skip
+    is_task = what in [task.value for task in Task]
+    if not is_task and model is None:
+        raise usage(
+            f"{what!r} is not one of the named tasks ({', '.join(task.value for task in Task)}), so it is taken for "
+            "your data: give the network with --model, e.g. --model minilm for texts, --model resnet20 for images"
+        )
+    if is_task and (given := [name for name, value in named.items() if value is not None]):
+        raise usage(f"{given[0]} is for your own data; {what} is a named task.")
+    out = check_out(out or Path("runs") / (Path(what).name.partition(".")[0] or "own"), folder=True)
+    options: dict[str, Any] = {"epochs": epochs, "limit": limit, "max_length": max_length, "seed": seed}
+    if is_task:
+        from offramp.jobs import job
+
+        own, work = None, job(what, data=data, **options)
+    else:
+        from offramp.own import Own, prepare
+
+        own = prepare(
+            Own(
+                data=what, model=str(model), validation=validation, test=test, text=names_in(text), label=label,
+                at=names_in(at), every=every, head=head, tokenizer=tokenizer, image_size=image_size(image_size_),
+                grey=grey, encoding=encoding, skip_bad=skip_bad, **options,
+            )
+        )  # fmt: skip
+        work = own.job
+        _show_own(own)
+    changed: dict[str, Any] = {
+        name: value for name, value in (("batch_size", batch_size), ("lr", lr)) if value is not None
+    }
+    work = dataclasses.replace(
+        work,
+        recipe=dataclasses.replace(work.recipe, **changed),
+        objective=work.objective if objective is None else objective_of(objective),
+    )
+    _go(what, out, work, own, options, dry_run=dry_run, resume=resume, json_out=json_out)
+
+
+def _go(
+    what: str, out: Path, work: "Job", own: "OwnJob | None", options: dict[str, Any], *,
+    dry_run: bool, resume: bool, json_out: bool,
+) -> None:  # fmt: skip
+    """Nothing; the network was trained and the run is in the folder."""
+    from offramp.estimate import estimate
+    from offramp.runs import save_run
+    from offramp.train import train as run
+
+    network, tokenizer = work.build()
+    rows, held_out = (work.load(split, tokenizer) for split in work.splits[:2])
+    if own is not None or dry_run:
+        takes = estimate(network, rows, objective=work.objective, recipe=work.recipe)
+        note(f"training: {work.recipe.epochs} epochs, {takes}")
+    if dry_run:
+        result({"task": what, "rows": len(rows), "exits": network.exits, "taps": network.taps}, (), json_out)
+        return
+    report = run(
+        network,
+        rows,
+        objective=work.objective,
+        recipe=work.recipe,
+        validation=held_out,
+        checkpoint=out / "checkpoint",
+        resume=resume,
+        progress=not is_quiet(),
+    )
+    save_run(out, what, options, network, report, objective=work.objective, recipe=work.recipe, own=own)
+    if work.note:
+        note(f"note: {work.note}")
+    accuracy = f"exits on {work.splits[1]} rows: " + ", ".join(map(percent, report.accuracy or ()))
+    result(
+        {"run": str(out), "task": what, "rows": len(rows), "exits": network.exits, "report": report.to_dict()},
+        (f"trained {work.name} on {len(rows)} rows in {report.seconds:.0f} s: loss {report.loss:.4f}", accuracy,
+         f"wrote {out}; next: offramp record {out} && offramp measure {out}"),
+        json_out,
+    )  # fmt: skip
+
+
+def _show_own(own: "OwnJob") -> None:
+    """Nothing; what was found in the data and in the network is on standard error."""
+    from offramp.cli.attaching import shares_of
+    from offramp.sources import balance
+
+    for why in own.columns.why:
+        note(f"columns: {why}")
+    train, calibrate, test = (part.labels for part in own.parts)
+    note(f"classes: {balance(train, own.own.classes)}")  # type: ignore[arg-type]
+    for text in own.notes:
+        note(f"note: {text}")
+    note(f"rows: {len(train)} to train on, {len(calibrate)} to calibrate on, {len(test)} to test on")  # type: ignore[arg-type]
+    note(f"network: {own.own.model}; exits ({own.own.head} heads) behind {', '.join(own.model.taps)}")
+    note(f"cost up to each exit, of the plain network's FLOPs: {shares_of(own.model)}")
