@@ -322,7 +322,14 @@ def _pretrained(maker: Any, ref: str, config: Any) -> tuple[nn.Module, list[str]
         dtype=torch.float32,
     )  # fmt: skip
     mismatched = [str(item[0] if isinstance(item, tuple | list) else item) for item in told.get("mismatched_keys", ())]
-    return module, sorted({*map(str, told.get("missing_keys", ())), *mismatched})
+    missing = sorted({*map(str, told.get("missing_keys", ())), *mismatched})
+    count = len(module.state_dict())
+    if 2 * len(missing) > count:
+        raise DataError(
+            f"the weights in {ref} are another network's: {len(missing)} of {count} that its {CONFIG} asks for are not "
+            "there. Save the model again with save_pretrained."
+        )
+    return module, missing
 
 
 def _processor(ref: str) -> dict[str, Any] | None:

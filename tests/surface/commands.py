@@ -9,16 +9,23 @@ from offramp.cli import app
 
 
 def commands() -> dict[str, object]:
-    return get_command(app).commands
+    """Every command by its words; those of a group have two."""
+    found: dict[str, object] = {}
+    for name, command in get_command(app).commands.items():
+        inner = getattr(command, "commands", None)
+        found |= {f"{name} {word}": each for word, each in inner.items()} if inner else {name: command}
+    return found
 
 
 def check(words: list[str]) -> None:
     """Nothing; fails when the program would refuse these words as wrong usage."""
-    group = get_command(app)
-    if words and words[0] not in group.commands:
-        group.make_context("offramp", list(words)).close()
-        return
-    group.commands[words[0]].make_context(f"offramp {words[0]}", words[1:]).close()
+    known = commands()
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in known:
+            known[name].make_context(f"offramp {name}", words[length:]).close()
+            return
+    get_command(app).make_context("offramp", list(words)).close()
 
 
 def written(block: str) -> list[list[str]]:

@@ -5,14 +5,17 @@ from commands import check, commands, written
 from typer.testing import CliRunner
 
 from offramp.cli import app
-from offramp.cli.options import Family, Loss, Task
-from offramp.cli.running import objective_of
+from offramp.cli.options import Family, Loss, Metric, Task, objective_of
 from offramp.compare import CHOICES
 from offramp.jobs import JOBS
+from offramp.metrics import METRICS
 from offramp.objectives import Objective
 
 run = CliRunner()
-NAMES = ["quickstart", "train", "record", "measure", "calibrate", "compare", "predict", "inspect"]
+NAMES = [
+    *("quickstart", "attach", "train", "record", "measure", "calibrate", "compare", "predict", "report", "inspect"),
+    *("bundle create", "bundle verify"),
+]
 
 
 def test_the_commands_are_exactly_these() -> None:
@@ -21,13 +24,13 @@ def test_the_commands_are_exactly_these() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_help_has_an_example_that_parses_and_json(name: str) -> None:
-    shown = run.invoke(app, [name, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    shown = run.invoke(app, [*name.split(), "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
     assert shown.exit_code == 0
     assert "--json" in shown.stdout
     example = re.search(r"Example: (.*)", shown.stdout)
     assert example, shown.stdout
     (words,) = written(example[1].strip())
-    assert words[0] == name
+    assert " ".join(words).startswith(name)
     check(words)
 
 
@@ -40,14 +43,15 @@ def test_every_option_has_a_help_text(name: str) -> None:
 def test_names_are_those_of_python() -> None:
     assert tuple(t.value for t in Task) == JOBS
     assert tuple(f.value for f in Family) == tuple(CHOICES)
+    assert tuple(m.value for m in Metric) == METRICS
     assert all(isinstance(objective_of(loss), Objective) for loss in Loss)
 
 
 def test_help_of_the_program() -> None:
     shown = run.invoke(app, ["--help"])
     assert shown.exit_code == 0
-    assert all(name in shown.stdout for name in NAMES)
-    assert "Example: offramp" in shown.stdout
+    assert all(name.split()[0] in shown.stdout for name in NAMES)
+    assert "Examples: offramp" in shown.stdout
     assert "--install-completion" in shown.stdout
 
 

@@ -10,7 +10,9 @@ import offramp
 PUBLIC = [
     "BEEM",
     "Budget",
+    "Bundle",
     "Calibration",
+    "Choice",
     "CostModel",
     "DataError",
     "DepthWeighted",
@@ -26,6 +28,7 @@ PUBLIC = [
     "FinalOnly",
     "FormatError",
     "MapHead",
+    "MaxDrop",
     "MaxProb",
     "MissingExtra",
     "MultiExitModel",

@@ -17,7 +17,7 @@ from typing import Any
 from offramp.artefacts import fill, read_json, write_json
 from offramp.errors import FormatError
 
-__all__ = ["KIND", "MANIFEST", "VERSION", "Entry", "Manifest", "read_manifest", "write_store"]
+__all__ = ["KIND", "MANIFEST", "VERSION", "Entry", "Manifest", "read_manifest", "sha256", "write_store"]
 
 KIND, VERSION, MANIFEST = "offramp.bundle", 1, "manifest.json"
 LARGEST_MANIFEST = 16 * 2**20

@@ -69,26 +69,12 @@ def calibrate(
     start = _start(family, trace, weights, reset, flags)
     if isinstance(target, ErrorRate):
         return _to_error_rate(start, trace, costs, target)
+    off = _start(family, trace, weights, reset, _only_last(trace.exits))
     if isinstance(target, MaxDrop):
-
-        def to_budget(budget: Budget) -> Calibration:
-            return calibrate(family, trace, costs, budget, weights=weights, reset=reset, fit=fit, enabled=enabled)
-
-        off = _start(family, trace, weights, reset, _only_last(trace.exits))
-        return _to_drop(to_budget, off, trace, costs, target, flags)
-    cheapest = min(Spend(costs, target, flags).cumulative)
-    if target.amount < cheapest * (1 - 1e-9):
-        return _infeasible(start, trace, costs, target, cheapest, flags)
-    if target.amount >= costs.spent([0.0] * (trace.exits - 1) + [1.0], target, _only_last(trace.exits)):
-        off = _start(family, trace, weights, reset, _only_last(trace.exits))
-        return _result(off, trace, costs, target)
-    if isinstance(start, EENet):
-        policy: Any = fit_eenet(trace, lambda on: Spend(costs, target, on), fit or EENetFit(), flags)
-    elif isinstance(start, Patience):
-        policy = _fit_patience(trace, Spend(costs, target, flags))
-    else:
-        policy = _fit_shared(start, trace, Spend(costs, target, flags))
-    return _result(policy, trace, costs, target)
+        return _to_drop(
+            lambda budget: _to_budget(start, off, trace, costs, budget, fit, flags), off, trace, costs, target, flags
+        )
+    return _to_budget(start, off, trace, costs, target, fit, flags)
 
 
 def beem_weights(trace: ExitTrace, weights: Weights) -> tuple[float, ...]:
@@ -151,6 +137,25 @@ def _fit_patience(trace: ExitTrace, spend: Spend) -> Patience:
             break
         best = policy
     return best
+
+
+def _to_budget(
+    start: Policy, off: Policy, trace: ExitTrace, costs: CostModel, target: Budget, fit: EENetFit | None,
+    flags: tuple[bool, ...],
+) -> Calibration:  # fmt: skip
+    """The policy of `start`'s family that spends most of a budget; `off` runs every row to the end."""
+    cheapest = min(Spend(costs, target, flags).cumulative)
+    if target.amount < cheapest * (1 - 1e-9):
+        return _infeasible(start, trace, costs, target, cheapest, flags)
+    if target.amount >= costs.spent([0.0] * (trace.exits - 1) + [1.0], target, _only_last(trace.exits)):
+        return _result(off, trace, costs, target)
+    if isinstance(start, EENet):
+        policy: Any = fit_eenet(trace, lambda on: Spend(costs, target, on), fit or EENetFit(), flags)
+    elif isinstance(start, Patience):
+        policy = _fit_patience(trace, Spend(costs, target, flags))
+    else:
+        policy = _fit_shared(start, trace, Spend(costs, target, flags))
+    return _result(policy, trace, costs, target)
 
 
 def _to_error_rate(start: Any, trace: ExitTrace, costs: CostModel, target: ErrorRate) -> Calibration:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -95,8 +95,8 @@ class _Answers:
         self.left = [0] * runtime.model.exits
         self.right = self.judged = self.cut = self.bad = 0
 
-    def write(self, inputs: Any, extra: Sequence[dict[str, Any]]) -> None:
-        """Nothing; one line per row is on standard output, `extra[i]` among its keys."""
+    def answered(self, inputs: Any, extra: Sequence[dict[str, Any]]) -> list[str]:
+        """One line per row, `extra[i]` among its keys."""
         from offramp.record import to_device
 
         said = self.runtime(to_device(inputs, next(self.runtime.model.parameters()).device))
@@ -106,6 +106,7 @@ class _Answers:
             said.exit.tolist(),
             said.score.tolist(),
         )
+        lines = []
         for label, probability, exit_, score, more in zip(*columns, extra, strict=True):
             self.left[exit_] += 1
             answer = {
@@ -114,16 +115,17 @@ class _Answers:
                 "exit": exit_,
                 "score": round(score, 6),
             }
-            line(json.dumps({**answer, **more}, ensure_ascii=False, default=str))
+            lines.append(json.dumps({**answer, **more}, ensure_ascii=False, default=str))
             if "truth" in more:
                 self.judged += 1
                 self.right += more["truth"] == answer["label"]
             self.cut += bool(more.get("truncated"))
+        return lines
 
-    def refuse(self, item: Item) -> None:
-        """Nothing; the line of a row that cannot be answered is on standard output."""
+    def refused(self, item: Item) -> str:
+        """The line of a row that cannot be answered."""
         self.bad += 1
-        line(json.dumps({"row": item.row, "error": f"{item.where}: {item.bad}"}, ensure_ascii=False))
+        return json.dumps({"row": item.row, "error": f"{item.where}: {item.bad}"}, ensure_ascii=False)
 
     def finish(self) -> None:
         """Nothing; a summary is on standard error."""
@@ -137,7 +139,8 @@ class _Answers:
         if self.judged:
             note(f"{self.right} of {self.judged} are right ({100 * self.right / self.judged:.1f} %)")
         if self.cut:
-            note(f"note: {self.cut} of {rows} texts were longer than the model takes and were cut; they say truncated.")
+            length = getattr(self.opened.bundle.preprocess, "max_length", 0)
+            note(f"note: {self.cut} of {rows} texts were cut at {length} tokens; they say truncated.")
 
 
 def _answer_split(answers: _Answers, opened: Opened, split: str, batch_size: int) -> None:
@@ -152,8 +155,7 @@ def _answer_split(answers: _Answers, opened: Opened, split: str, batch_size: int
             {"row": row} if truth is None else {"row": row, "truth": answers.labels[truth]}
             for row, truth in zip(batch.rows.tolist(), truths, strict=True)
         ]
-        answers.write(batch.inputs, extra)
-        sys.stdout.flush()
+        _print(answers.answered(batch.inputs, extra))
 
 
 def _answer_items(answers: _Answers, items: Iterator[Item], batch_size: int, skip_bad: bool) -> None:
@@ -165,19 +167,29 @@ def _answer_items(answers: _Answers, items: Iterator[Item], batch_size: int, ski
         if not skip_bad and len(good) < len(checked):
             checked = checked[: next(i for i, item in enumerate(checked) if item.bad is not None) + 1]
             good = checked[:-1]  # what came before the bad row is answered
+        lines: list[str] = []
         if good:
             rows = [item.values for item in good]
             extra = [_extra(item, label, answers) for item in good]
             for place in preprocess.truncated(rows) if preprocess.kind == "text" else ():
                 extra[place]["truncated"] = True
-            answers.write(preprocess.batch(rows), extra)
-        for item in checked:
-            if item.bad is not None and skip_bad:
-                answers.refuse(item)
-        sys.stdout.flush()
+            lines = answers.answered(preprocess.batch(rows), extra)
+        told = iter(lines)
+        _print(
+            next(told) if item.bad is None else answers.refused(item)
+            for item in checked
+            if skip_bad or item.bad is None
+        )
         if not skip_bad and len(good) < len(checked):
             bad = checked[-1]
             raise DataError(f"{bad.where}: {bad.bad}. Mend it, or give --skip-bad to answer the others.")
+
+
+def _print(lines: Iterable[str]) -> None:
+    """Nothing; the lines are on standard output, and a reader sees them now."""
+    for text in lines:
+        line(text)
+    sys.stdout.flush()
 
 
 def _checked(item: Item, preprocess: Any) -> Item:

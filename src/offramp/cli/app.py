@@ -141,10 +141,8 @@ def _told(error: Exception) -> str | None:
 
 def _is_usage(error: Exception) -> bool:
     """Whether the command line itself says what is wrong, or the program has ended."""
-    from click import Abort, ClickException
-    from click.exceptions import Exit
-
-    return isinstance(error, ClickException | Abort | Exit)
+    usage = next((kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException"), typer.BadParameter)
+    return isinstance(error, usage | typer.Exit | typer.Abort)
 
 
 def _show_warning(message: Any, category: Any, filename: str, *_: Any) -> None:

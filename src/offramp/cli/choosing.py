@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from offramp.cost import Budget, CostModel
     from offramp.trace import ExitTrace
 
-__all__ = ["INFEASIBLE", "Place", "budgets_of", "calibrate", "compare", "families_of", "place_of", "target_of"]
+__all__ = [
+    "INFEASIBLE",
+    "Place",
+    "budgets_of",
+    "calibrate",
+    "compare",
+    "families_of",
+    "place_of",
+    "target_of",
+    "targets_of",
+]
 
 INFEASIBLE = 3
 
@@ -57,20 +67,9 @@ def calibrate(
 
     TRACE may be a run that was recorded and measured; its policies are kept in RUN/policies.
     """
-    fractions = None if fraction is None else budgets_of(fraction, "--fraction")
-    one = fractions[0] if fractions else None
-    target = target_of(one, flops, ms, batch_size, error_rate, confidence, max_drop, metric.value)
-    place = place_of(trace, costs)
-    if fractions is not None and len(fractions) > 1 and (out is not None or place.run is None):
-        raise usage("several budgets are written to a run's policies: give a RUN, and no --out.")
-    if out is None and place.run is None:
-        raise usage("--out is missing; it is only found for a RUN.")
-    from offramp.cost import Budget
-
-    targets = [target] if fractions is None else [Budget(fraction=f) for f in fractions]
-    outs = [out or place.policy_path(policy.value, each) for each in targets]
-    for path in outs:
-        check_out(path)
+    place, targets, outs = _asked(
+        trace, costs, out, policy.value, fraction, flops, ms, batch_size, error_rate, confidence, max_drop, metric.value
+    )
     rows, prices = place.load()
     missed = 0
     values = []
@@ -90,6 +89,28 @@ def calibrate(
             else f"warning: {missed} target(s) cannot be met and were not written; --force writes the cheapest."
         )
         raise typer.Exit(INFEASIBLE)
+
+
+def _asked(
+    trace: Path, costs: Path | None, out: Path | None, family: str, fraction: str | None, flops: float | None,
+    ms: float | None, batch_size: int, error_rate: bool, confidence: float | None, max_drop: float | None, metric: str,
+) -> "tuple[Place, list[Any], list[Path]]":  # fmt: skip
+    """(where the trace is, the targets, a file for each), of the options; anything else is wrong usage."""
+    fractions = None if fraction is None else budgets_of(fraction, "--fraction")
+    one = fractions[0] if fractions else None
+    target = target_of(one, flops, ms, batch_size, error_rate, confidence, max_drop, metric)
+    place = place_of(trace, costs)
+    if fractions is not None and len(fractions) > 1 and (out is not None or place.run is None):
+        raise usage("several budgets are written to a run's policies: give a RUN, and no --out.")
+    if out is None and place.run is None:
+        raise usage("--out is missing; it is only found for a RUN.")
+    from offramp.cost import Budget
+
+    targets = [target] if fractions is None else [Budget(fraction=f) for f in fractions]
+    outs = [out or place.policy_path(family, each) for each in targets]
+    for path in outs:
+        check_out(path)
+    return place, targets, outs
 
 
 def _calibrated(name: str, rows: "ExitTrace", prices: "CostModel", target: Any) -> "tuple[Calibration, CostModel]":

@@ -107,7 +107,8 @@ def chosen(
     if len(given) > 1:
         raise usage(f"got {' and '.join(given)}; give one of them.")
     bundle = opened.bundle
-    if policy is not None and policy not in bundle.names and Path(policy).suffix == ".json":
+    is_file = policy is not None and (Path(policy).suffix == ".json" or Path(policy).is_file())
+    if policy is not None and policy not in bundle.names and is_file:
         return Path(policy).stem, Runtime(bundle.model, read_policy(Path(policy))[0])
     budget = None
     if fraction is not None or ms is not None:

@@ -49,7 +49,7 @@ def report(
     seed: SeedOption = 0,
     json_out: JsonOption = False,
 ) -> None:
-    """Write a page about a run that was recorded and measured: the answer, figures, examples, and what was fitted on what.
+    """Write a page about a run that was recorded and measured: the answer, figures, examples, what was fitted on what.
 
     The page is one file that works offline; the same figures are in RUN/report.json and in the terminal.
     """
@@ -79,8 +79,8 @@ def report(
 
 
 def _made(
-    place: "Place", data: Path | None, families: tuple[str, ...], fractions: tuple[float, ...], sizes: tuple[int, ...], *,
-    fraction: float, metric: str, seconds: float, timing: bool, title: str | None, repeats: int, seed: int,
+    place: "Place", data: Path | None, families: tuple[str, ...], fractions: tuple[float, ...], sizes: tuple[int, ...],
+    *, fraction: float, metric: str, seconds: float, timing: bool, title: str | None, repeats: int, seed: int,
 ) -> "Report":  # fmt: skip
     from offramp.cli.opening import run_as_bundle
     from offramp.report import build_report

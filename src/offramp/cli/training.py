@@ -29,47 +29,69 @@ if TYPE_CHECKING:
 __all__ = ["train"]
 
 
+WhatArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TASK_OR_DATA",
+        help="A named task, or your data: .csv, .tsv, .jsonl, .parquet, a folder of images or tables, a hub name.",
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        help="For your data: minilm, resnet20, resnet56, package.module:function, a transformers folder or name."
+    ),
+]
+TextOption = Annotated[str | None, typer.Option(help="The column, or two, that the network is fed; guessed.")]
+LabelOption = Annotated[str | None, typer.Option(help="The column that it is to say; guessed.")]
+ValidationOption = Annotated[str | None, typer.Option(help="Rows to calibrate on, instead of a part of the data.")]
+TestOption = Annotated[str | None, typer.Option(help="Rows to test on, instead of a part of the data.")]
+AtOption = Annotated[str | None, typer.Option(help="Modules to put exits behind, with commas; found by default.")]
+EveryOption = Annotated[int | None, typer.Option(min=1, help="An exit behind every n-th block of the network.")]
+HeadOption = Annotated[str | None, typer.Option(help="auto, map, conv, first, mean, pooler or vector.")]
+TokenizerOption = Annotated[str | None, typer.Option(help="For texts and a network of your own: whose tokenizer.")]
+ImageSizeOption = Annotated[
+    str | None, typer.Option("--image-size", help="Of images: SIDE or HEIGHTxWIDTH, instead of the network's own.")
+]
+GreyOption = Annotated[bool, typer.Option("--grey", help="Images of one channel.")]
+SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used.")]
+EncodingOption = Annotated[str, typer.Option(help="Of text files.")]
+ObjectiveOption = Annotated[Loss | None, typer.Option(help="What to minimise, instead of the recipe's.")]
+StepRowsOption = Annotated[int | None, typer.Option(min=1, help="Rows per step, instead of the recipe's.")]
+RateOption = Annotated[float | None, typer.Option(help="The highest learning rate, instead of the recipe's.")]
+LengthOption = Annotated[int, typer.Option(min=2, help="Tokens of a text; what is longer is cut.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show data, exits and cost, and train nothing.")]
+ResumeOption = Annotated[bool, typer.Option(help="Go on from OUT/checkpoint if the training was stopped.")]
+
+
 def train(
-    what: Annotated[
-        str,
-        typer.Argument(
-            metavar="TASK_OR_DATA",
-            help="A named task, or your data: .csv, .tsv, .jsonl, .parquet, a folder of images or tables, a hub name.",
-        ),
-    ],
+    what: WhatArgument,
     out: Annotated[
         Path | None, typer.Option(help="The folder of the run; runs/TASK_OR_DATA by default.", show_default=False)
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="For your data: minilm, resnet20, resnet56, package.module:function, a transformers folder or name."
-        ),
-    ] = None,
-    text: Annotated[str | None, typer.Option(help="The column, or two, that the network is fed; guessed.")] = None,
-    label: Annotated[str | None, typer.Option(help="The column that it is to say; guessed.")] = None,
-    validation: Annotated[str | None, typer.Option(help="Rows to calibrate on, instead of a part of the data.")] = None,
-    test: Annotated[str | None, typer.Option(help="Rows to test on, instead of a part of the data.")] = None,
-    at: Annotated[str | None, typer.Option(help="Modules to put exits behind, with commas; found by default.")] = None,
-    every: Annotated[int | None, typer.Option(min=1, help="An exit behind every n-th block of the network.")] = None,
-    head: Annotated[str | None, typer.Option(help="auto, map, conv, first, mean, pooler or vector.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="For texts and a network of your own: whose tokenizer.")] = None,
-    image_size_: Annotated[
-        str | None, typer.Option("--image-size", help="Of images: SIDE or HEIGHTxWIDTH, instead of the network's own.")
-    ] = None,
-    grey: Annotated[bool, typer.Option("--grey", help="Images of one channel.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used.")] = False,
-    encoding: Annotated[str, typer.Option(help="Of text files.")] = "utf-8",
+    model: ModelOption = None,
+    text: TextOption = None,
+    label: LabelOption = None,
+    validation: ValidationOption = None,
+    test: TestOption = None,
+    at: AtOption = None,
+    every: EveryOption = None,
+    head: HeadOption = None,
+    tokenizer: TokenizerOption = None,
+    image_size_: ImageSizeOption = None,
+    grey: GreyOption = False,
+    skip_bad: SkipBadOption = False,
+    encoding: EncodingOption = "utf-8",
     data: DataOption = None,
     epochs: EpochsOption = None,
     limit: LimitOption = None,
     seed: SeedOption = 0,
-    objective: Annotated[Loss | None, typer.Option(help="What to minimise, instead of the recipe's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows per step, instead of the recipe's.")] = None,
-    lr: Annotated[float | None, typer.Option(help="The highest learning rate, instead of the recipe's.")] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a text; what is longer is cut.")] = 128,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show data, exits and cost, and train nothing.")] = False,
-    resume: Annotated[bool, typer.Option(help="Go on from OUT/checkpoint if the training was stopped.")] = True,
+    objective: ObjectiveOption = None,
+    batch_size: StepRowsOption = None,
+    lr: RateOption = None,
+    max_length: LengthOption = 128,
+    dry_run: DryRunOption = False,
+    resume: ResumeOption = True,
     json_out: JsonOption = False,
 ) -> None:
     """Train a network with all its exits. Given again after a stop, the command goes on where it was.
@@ -80,16 +102,9 @@ def train(
         "--text": text, "--label": label, "--validation": validation, "--test": test, "--at": at, "--every": every,
         "--head": head, "--tokenizer": tokenizer, "--image-size": image_size_, "--model": model,
     }  # fmt: skip
-    is_task = what in [task.value for task in Task]
-    if not is_task and model is None:
-        raise usage(
-            f"{what!r} is not one of the named tasks ({', '.join(task.value for task in Task)}), so it is taken for "
-            "your data: give the network with --model, e.g. --model minilm for texts, --model resnet20 for images"
-        )
-    if is_task and (given := [name for name, value in named.items() if value is not None]):
-        raise usage(f"{given[0]} is for your own data; {what} is a named task.")
-    out = check_out(out or Path("runs") / (Path(what).name.partition(".")[0] or "own"), folder=True)
     options: dict[str, Any] = {"epochs": epochs, "limit": limit, "max_length": max_length, "seed": seed}
+    is_task = _is_task(what, named)
+    out = check_out(out or Path("runs") / (Path(what).name.partition(".")[0] or "own"), folder=True)
     if is_task:
         from offramp.jobs import job
 
@@ -106,15 +121,34 @@ def train(
         )  # fmt: skip
         work = own.job
         _show_own(own)
-    changed: dict[str, Any] = {
-        name: value for name, value in (("batch_size", batch_size), ("lr", lr)) if value is not None
-    }
-    work = dataclasses.replace(
+    work = _changed(work, objective, batch_size, lr)
+    _go(what, out, work, own, options, dry_run=dry_run, resume=resume, json_out=json_out)
+
+
+def _is_task(what: str, named: dict[str, Any]) -> bool:
+    """Whether it is a named task and no data of the user's; options of the other kind are wrong usage."""
+    tasks = [task.value for task in Task]
+    if what in tasks:
+        if given := [name for name, value in named.items() if value is not None]:
+            raise usage(f"{given[0]} is for your own data; {what} is a named task.")
+        return True
+    if named["--model"] is None:
+        raise usage(
+            f"{what!r} is not one of the named tasks ({', '.join(tasks)}), so it is taken for your data: give the "
+            "network with --model, e.g. --model minilm for texts, --model resnet20 for images"
+        )
+    return False
+
+
+def _changed(work: "Job", objective: Loss | None, batch_size: int | None, lr: float | None) -> "Job":
+    """The job with what the options say instead of its recipe."""
+    given = (("batch_size", batch_size), ("lr", lr))
+    changed: dict[str, Any] = {name: value for name, value in given if value is not None}
+    return dataclasses.replace(
         work,
         recipe=dataclasses.replace(work.recipe, **changed),
         objective=work.objective if objective is None else objective_of(objective),
     )
-    _go(what, out, work, own, options, dry_run=dry_run, resume=resume, json_out=json_out)
 
 
 def _go(

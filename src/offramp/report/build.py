@@ -42,7 +42,6 @@ def build_report(
     Args:
         test: rows that neither training nor calibration saw, with labels.
         costs: of the same model.
-        title: for readers.
         curve: what `compare` gave over budgets; with the same metric.
         policies: what `shown_of` gave.
         speeds: live runs, whose `policy` is the name of one of `policies`.
@@ -50,7 +49,7 @@ def build_report(
         labels: names of the classes; numbers without them.
         taps: modules that the exits are behind.
         metric: accuracy, balanced-accuracy or macro-f1.
-        examples, parts, notes, command: see `Report`.
+        title, examples, parts, notes, command: see `Report`.
 
     Raises:
         DataError: the test rows have no labels.
@@ -58,7 +57,6 @@ def build_report(
     truth = test.known_labels("a report")
     said = test.logits[-1].argmax(-1)
     plain = metric_of(metric, said, truth, test.classes)
-    scores = class_scores(said, truth, test.classes)
     live: dict[str, list[Measured]] = {}
     for speed in speeds:
         live.setdefault(speed.policy, []).append(_measured(speed))
@@ -74,11 +72,7 @@ def build_report(
         ),
         policies=tuple(replace(policy, live=tuple(live.get(policy.name, ()))) for policy in policies),
         unused=tuple(map(_measured, unused)),
-        classes=tuple(
-            zip(
-                scores.rows.tolist(), scores.recall.tolist(), scores.precision.tolist(), scores.f1.tolist(), strict=True
-            )
-        ),
+        classes=_classes(test),
         examples=tuple(examples),
         parts=tuple(parts),
         machine=costs.machine,
@@ -132,6 +126,13 @@ def exit_facts(trace: ExitTrace, costs: CostModel, taps: Sequence[str] = ()) -> 
             )
         )  # fmt: skip
     return tuple(facts)
+
+
+def _classes(test: ExitTrace) -> tuple[tuple[int, float, float, float], ...]:
+    """(rows, recall, precision, F1) of the plain model for each class."""
+    scores = class_scores(test.logits[-1].argmax(-1), test.known_labels("a report"), test.classes)
+    columns = (scores.recall.tolist(), scores.precision.tolist(), scores.f1.tolist())
+    return tuple((int(rows), *figures) for rows, *figures in zip(scores.rows.tolist(), *columns, strict=True))  # type: ignore[misc]
 
 
 def _measured(speed: Speed) -> Measured:
