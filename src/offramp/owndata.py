@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import torch
 
@@ -83,11 +83,24 @@ class Own:
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, Mapping) or not {"data", "model"} <= set(fields) <= known:
             raise FormatError("the job of the run is damaged. Train again.")
-        try:
-            values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-            return cls(**values)
-        except (TypeError, ValueError) as error:
-            raise FormatError(f"the job of the run is damaged: {error}.") from None
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        for field in dataclasses.fields(cls):
+            if field.name in values and not _fits(values[field.name], field.type):
+                told = repr(values[field.name])[:80]
+                raise FormatError(f"the job of the run is damaged: {field.name} is {told}. Train again.")
+        return cls(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type that a field is annotated with: plain types, tuples of them, and None."""
+    inner = get_args(hint)
+    if get_origin(hint) is not tuple:
+        return any(_fits(value, part) for part in inner) if inner else type(value) is hint
+    if not isinstance(value, tuple):
+        return False
+    if inner[-1] is Ellipsis:
+        return all(_fits(part, inner[0]) for part in value)
+    return len(value) == len(inner) and all(map(_fits, value, inner))
 
 
 def rows_of(own: Own, split: str) -> Labelled:
@@ -197,7 +210,7 @@ def parts_of(own: Own, columns: Columns, check: Preprocess | None) -> tuple[list
     for name in ("validation", "test"):
         if name in given:
             held[name] = read(open_source(given[name], encoding=own.encoding), None, first.classes)
-        elif name in source.splits and not _labelled(source, name, columns.label):
+        elif name in source.splits and not _labelled(source, name, columns.label, first.classes):
             notes.append(f"the {name} rows of {source.name} have no labels and are not used")
         elif name in source.splits:
             held[name] = read(source, name, first.classes)
@@ -217,9 +230,10 @@ def parts_of(own: Own, columns: Columns, check: Preprocess | None) -> tuple[list
     return parts, notes
 
 
-def _labelled(source: Source, split: str, label: str | None) -> bool:
-    """Whether the first rows of a split have labels; those of hidden tests are -1."""
-    return any(label is None or row.get(label) not in (None, "", -1) for row in source.head(50, split))
+def _labelled(source: Source, split: str, label: str | None, classes: Sequence[str]) -> bool:
+    """Whether one of the first rows of a split has a label; those of hidden tests are missing or -1."""
+    none = {"", "None", "-1"} - set(classes)
+    return any(label is None or str(row.get(label)).strip() not in none for row in source.head(50, split))
 
 
 def part_called(parts: Mapping[str, Labelled], split: str) -> Labelled:

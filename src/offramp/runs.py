@@ -34,7 +34,8 @@ from offramp.preprocess import load_preprocess
 from offramp.recipe import Recipe, TrainReport
 
 __all__ = [
-    "RUN", "WEIGHTS", "costs_path", "held_out", "load_run", "policies_folder", "read_run", "save_run", "trace_path",
+    "RUN", "WEIGHTS", "costs_path", "held_out", "load_run", "made_from", "policies_folder", "read_run", "save_run",
+    "trace_path",
 ]  # fmt: skip
 
 KIND, VERSION = "offramp.run", 2
@@ -181,6 +182,14 @@ def costs_path(folder: str | Path) -> Path:
 def policies_folder(folder: str | Path) -> Path:
     """Where the calibrated policies of a run are kept."""
     return Path(folder) / "policies"
+
+
+def made_from(folder: str | Path) -> list[Path]:
+    """The traces, costs and policies in a folder, all made from its weights and stale after another training."""
+    folder = Path(folder)
+    traces = [path for path in sorted(folder.glob("*.safetensors")) if path.name != WEIGHTS]
+    policies = sorted(policies_folder(folder).glob("*.json"))
+    return [path for path in (*traces, costs_path(folder), *policies) if path.exists()]
 
 
 def held_out(folder: str | Path) -> tuple[str, str]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from offramp import CostModel, ExitTrace, FormatError
+from offramp import CostModel, ExitTrace, FormatError, OfframpError
 from offramp.cli import app
 from offramp.errors import DataError
 from offramp.own import Own, prepare, rows_of
@@ -212,6 +212,42 @@ def test_mistakes(material: Path, tmp_path: Path) -> None:
         in offramp("train", bad, "--model", "ofr_ownnet:mlp", "--skip-bad", "--dry-run", *out).stderr
     )
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_damaged_job_is_one_clear_error(material: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    offramp("train", "numbers.csv", "--model", "ofr_ownnet:mlp", "--epochs", 1, "--out", run)
+    about = json.loads((run / "run.json").read_text())
+    changed = [(key, value) for key in about["fields"]["own"] for value in (5, True, [1], [None], {"a": 1}, 1e308)]
+    for key, value in [*changed, ("foreign", 1), ("model", "ofr_ownnet:number"), ("at", ["9"])]:
+        own = {**about["fields"]["own"], key: value}
+        (run / "run.json").write_text(json.dumps({**about, "fields": {**about["fields"], "own": own}}))
+        if (key, value) in (("every", 5), ("epochs", 5), ("limit", 5), ("seed", 5), ("max_length", 5)) or value is True:
+            continue  # as good as another
+        with pytest.raises(OfframpError):
+            load_run(run)
+
+
+def test_a_test_split_without_labels_is_passed_over(material: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = (material / "reviews.csv").read_text().splitlines()
+    (folder / "train.csv").write_text("\n".join(lines[:150]) + "\n")
+    (folder / "validation.csv").write_text("\n".join([lines[0], *lines[150:]]) + "\n")
+    (folder / "test.csv").write_text(lines[0] + "\n1,a great film,\n2,a dull film,-1\n")
+    made = prepare(Own(data=str(folder), model="bert"))
+    assert made.own.rows == (127, 51, 22)
+    assert any("the test rows of" in text and "have no labels" in text for text in made.notes)
+
+
+def test_what_an_earlier_training_left_is_named(material: Path, tmp_path: Path) -> None:
+    words = ("train", "numbers.csv", "--model", "ofr_ownnet:mlp", "--epochs", 1, "--out", tmp_path / "run")
+    offramp(*words)
+    offramp("record", tmp_path / "run")
+    assert "earlier training" not in offramp(*words).stderr  # the same again changes nothing
+    assert "another run's" in mistake(*words, "--seed", 1)
+    told = offramp(*words, "--seed", 1, "--no-resume").stderr
+    assert "calibrate.safetensors, test.safetensors in" in told
 
 
 def three(folder: Path) -> Path:

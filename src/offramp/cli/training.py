@@ -157,7 +157,7 @@ def _go(
 ) -> None:  # fmt: skip
     """Nothing; the network was trained and the run is in the folder."""
     from offramp.estimate import estimate
-    from offramp.runs import save_run
+    from offramp.runs import made_from, save_run
     from offramp.train import train as run
 
     network, tokenizer = work.build()
@@ -178,7 +178,10 @@ def _go(
         resume=resume,
         progress=not is_quiet(),
     )
+    before = _weights_of(out)
     save_run(out, what, options, network, report, objective=work.objective, recipe=work.recipe, own=own)
+    if before not in (None, _weights_of(out)) and (old := made_from(out)):
+        note(f"warning: {', '.join(path.name for path in old)} in {out} are of an earlier training; make them again.")
     if work.note:
         note(f"note: {work.note}")
     accuracy = f"exits on {work.splits[1]} rows: " + ", ".join(map(percent, report.accuracy or ()))
@@ -188,6 +191,17 @@ def _go(
          f"wrote {out}; next: offramp record {out} && offramp measure {out}"),
         json_out,
     )  # fmt: skip
+
+
+def _weights_of(folder: Path) -> str | None:
+    """The checksum of the weights of a finished run, None when there is none."""
+    from offramp.errors import FormatError
+    from offramp.runs import read_run
+
+    try:
+        return read_run(folder)["weights_sha256"]
+    except FormatError:
+        return None
 
 
 def _show_own(own: "OwnJob") -> None:
