@@ -8,7 +8,7 @@ from typing import Any
 
 from offramp.errors import FormatError
 
-__all__ = ["fill", "read_json", "write_atomically", "write_json"]
+__all__ = ["fill", "kind_of", "read_json", "write_atomically", "write_json"]
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
@@ -52,7 +52,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except FileNotFoundError:
         raise FormatError(f"{path} does not exist. Check the path.") from None
     except (OSError, ValueError, RecursionError) as error:  # also numbers and nesting too large to read
@@ -60,3 +60,13 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds a JSON {type(value).__name__}; expected an object. Write it again.")
     return value
+
+
+def kind_of(value: Mapping[str, Any]) -> str:
+    """What a JSON object says it is; "" when it does not say."""
+    kind = value.get("kind")
+    return kind if isinstance(kind, str) else ""
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no JSON")

@@ -1,6 +1,7 @@
 """A network from what a user names: a function of theirs, a transformers folder or hub name, or one of ours."""
 
 import contextlib
+import dataclasses
 import importlib
 import sys
 import traceback
@@ -279,6 +280,11 @@ def _transformer(ref: str, classes: Sequence[str], name: str, untrained: bool) -
         except OfframpError:
             raise
         except Exception as error:  # the hub, damaged files and old formats raise many kinds
+            if type(error).__name__ == "UnpicklingError":
+                raise DataError(
+                    f"the pytorch_model.bin of --model {ref!r} holds more than weights, or is damaged; nothing in it "
+                    "is run. Give a folder with model.safetensors."
+                ) from None
             raise DataError(f"--model {ref!r} cannot be loaded: {_line(error)}.") from None
     tokenizer = load_tokenizer(ref, "--model") if kind == "text" and not (untrained and _no_tokenizer(folder)) else None
     return Network(module, kind, tokenizer, _processor(ref) if kind == "image" else None, tuple(notes))
@@ -356,8 +362,11 @@ def preprocess_of(
     if network.kind != "image":
         return None
     name = "pixel_values" if hasattr(network.module, "config") else None
+    if getattr(getattr(network.module, "config", None), "num_channels", 3) == 1:
+        mode = "L"
     if network.processor is not None and image_size is None:
-        return ImagePreprocess.of(network.processor, column=columns[0], name=name)
+        made = ImagePreprocess.of(network.processor, column=columns[0], name=name)
+        return dataclasses.replace(made, mode="L", mean=made.mean[:1], std=made.std[:1]) if mode == "L" else made
     side = getattr(getattr(network.module, "config", None), "image_size", 32)
     sides = tuple(side) if isinstance(side, list | tuple) else (int(side), int(side))
     return ImagePreprocess(image_size or (sides[0], sides[1]), mode=mode, column=columns[0], name=name)

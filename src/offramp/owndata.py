@@ -68,7 +68,7 @@ class Own:
     epochs: int | None = None
     limit: int | None = None
     seed: int = 0
-    shares: tuple[float | int, ...] = SHARES
+    shares: tuple[float | int, float | int, float | int] = SHARES
     classes: tuple[str, ...] = ()
     fingerprints: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()

@@ -8,11 +8,29 @@ import pytest
 import torch
 
 from offramp.errors import DataError, FormatError, ValueRangeError
-from offramp.networks import check_network, labels_of, load_network, load_tokenizer, preprocess_of, rebuild_network
+from offramp.networks import (
+    check_network,
+    example_of,
+    labels_of,
+    load_network,
+    load_tokenizer,
+    preprocess_of,
+    rebuild_network,
+)
 from offramp.preprocess import ImagePreprocess, TextPreprocess
 from own_material import MODULE, bert, vit
 
 TWO = ("bad", "good")
+
+
+class _Evil:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +132,15 @@ def test_images(folders: Path) -> None:
     assert isinstance(made, ImagePreprocess)
     assert made.size == (16, 16)
     assert network.kind == "image"
+    one = network.module.config.to_dict() | {"num_channels": 1}
+    grey = folders / "grey"
+    grey.mkdir(exist_ok=True)
+    (grey / "config.json").write_text(json.dumps(one))
+    shutil.copy(folders / "vit" / "preprocessor_config.json", grey)
+    network = load_network(str(grey), TWO, untrained=True)
+    made = preprocess_of(network, ("image",), max_length=1, image_size=None, mode="RGB")
+    assert isinstance(made, ImagePreprocess)
+    check_network(network.module, example_of(made), hint="")
     small = load_network("resnet20", TWO, channels=1)
     assert small.module.conv1.in_channels == 1
 
@@ -137,6 +164,11 @@ def test_folders_that_lack_something(folders: Path, tmp_path: Path) -> None:
     damaged.write_bytes(damaged.read_bytes()[:-50])
     with pytest.raises(DataError, match="cannot be loaded"):
         load_network(str(tmp_path / "copy"), TWO)
+    mark = tmp_path / "mark"
+    torch.save({"weight": _Evil(str(mark))}, Path(copied("model.safetensors")) / "pytorch_model.bin")
+    with pytest.raises(DataError, match=r"pytorch_model.bin .* holds more than weights"):
+        load_network(str(tmp_path / "copy"), TWO)
+    assert not mark.exists()
     (Path(copied()) / "config.json").write_text("{not json")
     with pytest.raises(DataError, match="cannot be loaded"):
         load_network(str(tmp_path / "copy"), TWO)

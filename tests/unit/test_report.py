@@ -1,4 +1,4 @@
-"""The report: the answer first, one file that asks nothing of the network, and no word of the data that becomes code."""
+"""The report: the answer first, one file that asks nothing of the network, no word of the data becomes code."""
 
 import json
 import re
@@ -99,7 +99,7 @@ def test_the_answer_comes_first_and_is_honest() -> None:
     assert report.headline() in to_html(report)
     assert "2.20" in report.detail()
     assert made(speedup=0.8).headline() == "Exits do not pay here: no policy ran faster than the plain model"
-    bare = build_report(trace(seed=1), COSTS, title="t", policies=[p for p in report.policies][:0])
+    bare = build_report(trace(seed=1), COSTS, title="t", policies=())
     assert "No policy keeps" in bare.headline()
     counted = build_report(trace(seed=1), COSTS, title="t", policies=report.policies)
     assert "(counted, not timed)" in counted.headline()

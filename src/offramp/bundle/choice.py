@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from offramp.artefacts import read_json, write_json
+from offramp.artefacts import kind_of, read_json, write_json
 from offramp.calibrate import Calibration
 from offramp.cost import Budget, CostModel
 from offramp.policies import FAMILIES, MaxProb, Policy, from_dict, to_dict
@@ -73,7 +73,7 @@ def read_choice(path: Path, about: Mapping[str, Any]) -> Choice:
     value = read_json(path)
     shares, tested = about["shares"], dict(about["tested"])
     shares = None if shares is None else tuple(map(float, shares))
-    if value.get("kind") in FAMILIES:
+    if kind_of(value) in FAMILIES:
         return Choice(from_dict(value), None, shares, tested)
     found = Calibration.load(path)
     return Choice(found.policy, found, shares, tested)

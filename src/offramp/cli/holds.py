@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from offramp.artefacts import read_json
+from offramp.artefacts import kind_of, read_json
 from offramp.errors import FormatError
 
 __all__ = ["holds"]
@@ -19,24 +19,56 @@ def holds(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FormatError(f"{path} does not exist. Check the path.")
     if path.is_dir():
-        return {"kind": "run", **_run(path)}
+        return (
+            {"kind": "bundle", **_bundle(path)} if (path / "manifest.json").is_file() else {"kind": "run", **_run(path)}
+        )
     if path.suffix == ".safetensors":
         return {"kind": "trace", **_trace(path)}
     from offramp.policies import FAMILIES
 
-    kind = read_json(path).get("kind")
+    kind = kind_of(read_json(path))
     readers: dict[Any, tuple[str, Callable[[Path], dict[str, Any]]]] = {
         "offramp.costs": ("costs", _costs),
         "offramp.calibration": ("calibration", _policy),
+        "offramp.report": ("report", _report),
+        "offramp.bundle": ("bundle", lambda file: _bundle(file.parent)),
         "offramp.run": ("run", lambda file: _run(file.parent)),
         **dict.fromkeys(FAMILIES, ("policy", _policy)),
     }
     if kind not in readers:
         raise FormatError(
-            f"{path} is of kind {kind!r}; expected a run, trace, costs, calibration or policy of Offramp."
+            f"{path} is of kind {kind!r}; expected a bundle, run, trace, costs, report or policy of Offramp."
         )
     name, read = readers[kind]
     return {"kind": name, **read(path)}
+
+
+def _bundle(folder: Path) -> dict[str, Any]:
+    from offramp.bundle import Bundle
+
+    bundle = Bundle.load(folder)
+    value: dict[str, Any] = {
+        "title": bundle.title or "not told",
+        "labels": bundle.labels,
+        "exits": bundle.model.exits,
+        "takes": "tensors" if bundle.preprocess is None else bundle.preprocess.kind,
+        "columns": "none" if bundle.preprocess is None else bundle.preprocess.columns,
+        "default": bundle.default,
+    }
+    for name, choice in bundle.policies.items():
+        asked = "" if choice.calibration is None else f", {choice.calibration.message}"
+        tested = choice.tested.get("accuracy")
+        value[name] = type(choice.policy).__name__ + asked
+        if isinstance(tested, int | float):
+            value[f"{name}, tested"] = f"{tested:.4f} right on {choice.tested.get('rows')} rows"
+    return value | {"weights_mb": sum(file.stat().st_size for file in folder.iterdir()) / 1e6, **bundle.about}
+
+
+def _report(path: Path) -> dict[str, Any]:
+    from offramp.report import Report
+
+    report = Report.load(path)
+    return {"title": report.title, "headline": report.headline(), "detail": report.detail(), "machine": report.machine}
 
 
 def _run(folder: Path) -> dict[str, Any]:

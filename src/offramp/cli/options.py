@@ -204,12 +204,12 @@ def read_policy(path: Path) -> tuple[Any, "Calibration | None"]:
     Raises:
         FormatError: the file is missing, damaged, or holds something else.
     """
-    from offramp.artefacts import read_json
+    from offramp.artefacts import kind_of, read_json
     from offramp.calibrate import Calibration
     from offramp.errors import FormatError
     from offramp.policies import FAMILIES, from_dict
 
-    kind = read_json(path).get("kind")
+    kind = kind_of(read_json(path))
     if kind in FAMILIES:
         return from_dict(read_json(path)), None
     if kind != "offramp.calibration":

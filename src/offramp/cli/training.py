@@ -164,7 +164,7 @@ def _go(
     rows, held_out = (work.load(split, tokenizer) for split in work.splits[:2])
     if own is not None or dry_run:
         takes = estimate(network, rows, objective=work.objective, recipe=work.recipe)
-        note(f"training: {work.recipe.epochs} epochs, {takes}")
+        note(f"training: {work.recipe.epochs} epoch{'s' * (work.recipe.epochs > 1)}, {takes}")
     if dry_run:
         result({"task": what, "rows": len(rows), "exits": network.exits, "taps": network.taps}, (), json_out)
         return
