@@ -90,9 +90,10 @@ def _digits(epochs: int, limit: int | None, seed: int) -> Job:
     def build() -> tuple[MultiExitModel, None]:
         train, _, _ = digits(seed=seed)
         network = resnet20(classes=10, ch_in=1, seed=seed)
-        return attach(
-            network, at=("layer1", "layer2"), head=MapHead(grid=4), example=train.batch(torch.arange(2)).inputs
-        ), None
+        example = train.batch(torch.arange(2)).inputs
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # heads are new weights, too
+            return attach(network, at=("layer1", "layer2"), head=MapHead(grid=4), example=example), None
 
     def load(split: str, _: Any) -> Examples:
         parts = dict(zip(("train", "calibrate", "test"), digits(seed=seed), strict=True))
@@ -106,7 +107,9 @@ def _digits(epochs: int, limit: int | None, seed: int) -> Job:
 def _cifar10(data: str | Path | None, epochs: int, limit: int | None, seed: int) -> Job:
     def build() -> tuple[MultiExitModel, None]:
         network = resnet56(seed=seed)
-        return attach(network, at=("layer1", "layer2"), head="conv", example=torch.zeros(2, 3, 32, 32)), None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return attach(network, at=("layer1", "layer2"), head="conv", example=torch.zeros(2, 3, 32, 32)), None
 
     def load(split: str, _: Any) -> Examples:
         return _limited(load_cifar10(data, split), limit if split == "train" else None, seed)

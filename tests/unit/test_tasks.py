@@ -156,3 +156,14 @@ def test_the_real_sst2_with_minilm():
     assert int(data.labels.sum()) == 444
     assert data.lengths.max() <= 128
     assert model.eval()(**data.batch(torch.arange(2)).inputs).logits.shape == (2, 2)
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_a_job_starts_from_the_same_weights_each_time(name: str) -> None:
+    from offramp.jobs import job
+
+    states = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        states.append(job(name, seed=3).build()[0].state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])

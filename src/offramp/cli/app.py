@@ -129,6 +129,8 @@ def _told(error: Exception) -> str | None:
     """The line for a person, when the error is a mistake or a state of the machine; None when it is a bug of ours."""
     if isinstance(error, OfframpError):
         return str(error)
+    if "No space left on device" in str(error):
+        return "no space is left on the disk. Free some, or choose another place with --out; older files are whole."
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}."
