@@ -13,6 +13,7 @@ policies/NAME.json    calibrated policies (`offramp calibrate`)
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,8 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> tuple[Job
 def _job_of(folder: Path, fields: Mapping[str, Any], data: str | Path | None) -> Job:
     if fields["own"] is not None:
         own = Own.of(fields["own"])
-        if data is not None and not Path(own.data).exists():  # the data have moved; their fingerprint is checked
+        # the data have moved, and their fingerprint is checked; the variable names a folder of named tasks, not these
+        if data is not None and str(data) != os.environ.get("OFFRAMP_DATA") and not Path(own.data).exists():
             own = dataclasses.replace(own, data=str(data))
         return own_job(own, load_preprocess(folder / PREPROCESS), folder / NETWORK)
     try:

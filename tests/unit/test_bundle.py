@@ -292,8 +292,11 @@ SAVER = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from bundles import bundle
-made = [bundle(seed) for seed in (0, 1)]
+from tempfile import TemporaryDirectory
+from bundles import saved
+from offramp.bundle import Bundle
+with TemporaryDirectory() as scratch:  # read ones are saved in milliseconds, so that a kill meets a save
+    made = [Bundle.load(saved(Path(scratch) / str(seed), seed)) for seed in (0, 1)]
 print("ready", flush=True)
 while True:
     for each in made:
@@ -311,7 +314,7 @@ def test_a_killed_save_leaves_a_whole_bundle(tmp_path: Path) -> None:
         )
         assert process.stdout is not None
         assert process.stdout.readline().strip() == "ready"
-        time.sleep(dice.random())
+        time.sleep(0.1 + 0.4 * dice.random())
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()

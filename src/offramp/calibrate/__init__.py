@@ -184,7 +184,7 @@ def _to_drop(
         return Calibration(off, target, most, "best_effort", message, trace.rows)
     policy, cost, value, plain = found
     message = (
-        f"{type(policy).__name__} spends {cost:.3f} of the plain model's cost with a {target.metric} of {value:.4f} "
+        f"{type(policy).__name__} spends {cost:.3f} of the plain model's cost with {target.metric} {value:.4f} "
         f"against {plain:.4f}, on these {trace.rows} rows; on others it may lose more."
     )
     return Calibration(policy, target, cost, "met", message, trace.rows)

@@ -166,7 +166,7 @@ class ImagePreprocess:
         try:
             from PIL import Image, ImageOps
         except ImportError:
-            raise MissingExtra("images need Pillow: pip install 'offramp[train]'.") from None
+            raise MissingExtra("images need Pillow: pip install 'offramp[image]'.") from None
         where, source = _source(row.get(self.column), self.column)
         try:
             with warnings.catch_warnings():
