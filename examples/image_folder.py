@@ -36,9 +36,7 @@ def main(folder: Path) -> None:
     costs = offramp.measure(made.model, made.model.example, batch_sizes=(1, 16), rounds=5)
     fit, unseen = (offramp.record(made.model, rows, progress=False) for rows in (calibrate, test))
     for row in offramp.compare(fit, unseen, costs, [offramp.Budget(fraction=0.6)], ["max-prob", "beem-a"]):
-        print(
-            f"{row.family}: {row.accuracy:.3f} ({row.low:.3f} to {row.high:.3f}) at {row.cost:.2f} of the cost"
-        )
+        print(f"{row.family}: {row.accuracy:.3f} ({row.low:.3f} to {row.high:.3f}) at {row.cost:.2f} of the cost")
 
 
 if __name__ == "__main__":
