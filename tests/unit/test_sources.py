@@ -114,6 +114,8 @@ def test_columns_are_guessed_and_said(tmp_path: Path) -> None:
     assert pairs.inputs == ("premise", "hypothesis")
     numbers = guess("id,a,b,class\n" + "1,0.5,2,x\n2,0.25,3,y\n" * 5)
     assert (numbers.kind, numbers.inputs) == ("numbers", ("a", "b"))
+    slip = guess("a,b,class\n" + "0.5,2,x\n0.25,3,y\n" * 20 + "0.5,many,x\n", text=["a", "b"])
+    assert (slip.kind, slip.inputs) == ("numbers", ("a", "b"))
     unnamed = guess("said,kind\n" + "quite a long remark,x\nanother long remark,y\n" * 10)
     assert (unnamed.inputs, unnamed.label) == (("said",), "kind")
     with pytest.raises(DataError, match="no column 'txt'; it has 'text', 'label'. Did you mean 'text'"):

@@ -18,6 +18,7 @@ PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "se
 IMAGES = ("image", "img", "picture", "photo", "file", "path", "file_name", "filename")
 IDS = ("id", "idx", "index", "row", "guid", "uuid", "file")
 HEAD = 500
+MOSTLY = 0.9  # of the cells of a column that was named
 WORDS_OF_TEXT = 2.5  # words in the mean cell from which a column is taken for text
 
 
@@ -141,7 +142,8 @@ def _guess_inputs(
 def _kind_of(inputs: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
     if len(inputs) == 1 and _is_picture(rows[0].get(inputs[0])):
         return "image"
-    if all(_is_number(row.get(name)) for row in rows for name in inputs):
+    # a few cells may be slips, which are named later with their lines
+    if all(fmean([_is_number(row.get(name)) for row in rows]) >= MOSTLY for name in inputs):
         return "numbers"
     return "text"
 
