@@ -9,7 +9,7 @@ import typer
 from offramp.cli.choosing import budgets_of, families_of, place_of
 from offramp.cli.options import DataOption, JsonOption, Metric, RunArgument, SeedOption, check_out, whole_numbers
 from offramp.cli.show import is_quiet, line, note, percent, percents, result, table
-from offramp.errors import DataError
+from offramp.errors import DataError, MissingExtra
 
 if TYPE_CHECKING:
     from offramp.cli.choosing import Place
@@ -57,6 +57,8 @@ def report(
     path = check_out(out or run / "report.html") if run.is_dir() else Path()
     for each in picture or ():
         check_out(each)
+    _needs("plotly", "the page")
+    _needs("matplotlib", "a picture") if picture else None
     place = place_of(run, None)
     if place.run is None:
         raise DataError(f"{run} is no run; expected a folder of `offramp train`.")
@@ -76,6 +78,14 @@ def report(
     _show(made)
     line(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB), {path.with_suffix('.json')}"
          + "".join(f", {each}" for each in pictures))  # fmt: skip
+
+
+def _needs(package: str, what: str) -> None:
+    """Nothing, when the package is installed: found out before the work, not after it."""
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise MissingExtra(f"{what} needs {package}: pip install 'offramp[report]'.")
 
 
 def _made(
