@@ -37,16 +37,16 @@ bench: $(VENV)/.dev ## measured time of stages, exits and policies on this machi
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy
-	$(BIN)/ruff check src tests benchmarks examples docs
-	$(BIN)/ruff format --check src tests benchmarks examples docs
+	$(BIN)/ruff check src tests benchmarks experiments examples docs
+	$(BIN)/ruff format --check src tests benchmarks experiments examples docs
 	$(BIN)/mypy
 
 docs: $(VENV)/.dev ## build the site into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 format: $(VENV)/.dev ## rewrite the code in the house's format
-	$(BIN)/ruff check --fix src tests benchmarks examples docs
-	$(BIN)/ruff format src tests benchmarks examples docs
+	$(BIN)/ruff check --fix src tests benchmarks experiments examples docs
+	$(BIN)/ruff format src tests benchmarks experiments examples docs
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

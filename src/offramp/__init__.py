@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from offramp.attach import attach
     from offramp.bundle import Bundle, Choice
-    from offramp.calibrate import Calibration, EENetFit, ErrorRate, MaxDrop, calibrate
+    from offramp.calibrate import Calibration, Calibrator, EENetFit, ErrorRate, Joint, MaxDrop, Promise, Risk, calibrate
+    from offramp.certainty import learn_certainty
     from offramp.compare import compare
     from offramp.cost import Budget, CostModel
     from offramp.data import Examples
@@ -38,7 +39,29 @@ if TYPE_CHECKING:
     from offramp.measure import measure
     from offramp.model import MultiExitModel
     from offramp.objectives import DepthWeighted, Distill, EENetLoss, FinalOnly, SelfDistill, TwoStage, Uniform
-    from offramp.policies import BEEM, EENet, Entropy, Evidence, MaxProb, Patience, Policy, Step, dumps, loads
+    from offramp.policies import (
+        BEEM,
+        EERO,
+        FPABEE,
+        JEIDNN,
+        PCEE,
+        ZTW,
+        AccuracyBins,
+        BERxiT,
+        EENet,
+        Entropy,
+        Evidence,
+        Fixed,
+        Margin,
+        MaxProb,
+        MSDNet,
+        Patience,
+        Policy,
+        Step,
+        Voting,
+        dumps,
+        loads,
+    )
     from offramp.recipe import Recipe, TrainReport
     from offramp.record import record
     from offramp.runtime import Prediction, Runtime
@@ -50,9 +73,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BEEM",
+    "EERO",
+    "FPABEE",
+    "JEIDNN",
+    "PCEE",
+    "ZTW",
+    "AccuracyBins",
+    "BERxiT",
     "Budget",
     "Bundle",
     "Calibration",
+    "Calibrator",
     "Choice",
     "CostModel",
     "DataError",
@@ -67,8 +98,12 @@ __all__ = [
     "Examples",
     "ExitTrace",
     "FinalOnly",
+    "Fixed",
     "FormatError",
+    "Joint",
+    "MSDNet",
     "MapHead",
+    "Margin",
     "MaxDrop",
     "MaxProb",
     "MissingExtra",
@@ -80,7 +115,9 @@ __all__ = [
     "Patience",
     "Policy",
     "Prediction",
+    "Promise",
     "Recipe",
+    "Risk",
     "Runtime",
     "SelfDistill",
     "ShapeError",
@@ -91,11 +128,13 @@ __all__ = [
     "Uniform",
     "ValueRangeError",
     "VectorHead",
+    "Voting",
     "__version__",
     "attach",
     "calibrate",
     "compare",
     "dumps",
+    "learn_certainty",
     "loads",
     "measure",
     "record",
@@ -106,7 +145,8 @@ __all__ = [
 _MODULES = {
     "attach": "attach",
     "bundle": "Bundle Choice",
-    "calibrate": "Calibration EENetFit ErrorRate MaxDrop calibrate",
+    "calibrate": "Calibration Calibrator EENetFit ErrorRate Joint MaxDrop Promise Risk calibrate",
+    "certainty": "learn_certainty",
     "compare": "compare",
     "cost": "Budget CostModel",
     "data": "Examples",
@@ -115,7 +155,10 @@ _MODULES = {
     "measure": "measure",
     "model": "MultiExitModel",
     "objectives": "DepthWeighted Distill EENetLoss FinalOnly SelfDistill TwoStage Uniform",
-    "policies": "BEEM EENet Entropy Evidence MaxProb Patience Policy Step dumps loads",
+    "policies": (
+        "AccuracyBins BEEM BERxiT EENet EERO Entropy Evidence FPABEE Fixed JEIDNN MSDNet Margin MaxProb PCEE Patience "
+        "Policy Step Voting ZTW dumps loads"
+    ),
     "recipe": "Recipe TrainReport",
     "record": "record",
     "runtime": "Prediction Runtime",

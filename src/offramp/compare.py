@@ -12,22 +12,67 @@ from offramp.calibrate import Calibration, ErrorRate, MaxDrop, calibrate
 from offramp.cost import Budget, CostModel
 from offramp.errors import ValueRangeError
 from offramp.metrics import accuracy_interval, metric_interval, metric_of
-from offramp.policies import BEEM, EENet, Entropy, MaxProb, Patience, Policy
+from offramp.policies import (
+    BEEM,
+    EERO,
+    FPABEE,
+    JEIDNN,
+    PCEE,
+    ZTW,
+    AccuracyBins,
+    BERxiT,
+    EENet,
+    Entropy,
+    Fixed,
+    Margin,
+    MaxProb,
+    MSDNet,
+    Patience,
+    Policy,
+    Voting,
+)
 from offramp.simulate import Outcome, simulate
 from offramp.splits import stratified_split
 from offramp.trace import ExitTrace
 
-__all__ = ["CHOICES", "Compared", "Pool", "calibrate_choice", "choice", "compare", "compare_pooled", "drift", "halves"]
+__all__ = [
+    "CHOICES",
+    "HEADLINE",
+    "Compared",
+    "Pool",
+    "calibrate_choice",
+    "choice",
+    "compare",
+    "compare_pooled",
+    "drift",
+    "families_for",
+    "halves",
+]
 
 #: What `--family` and tables call a family with its options.
 CHOICES: dict[str, tuple[type, dict[str, Any]]] = {
     "max-prob": (MaxProb, {}),
     "entropy": (Entropy, {}),
+    "margin": (Margin, {}),
     "patience": (Patience, {}),
+    "f-pabee": (FPABEE, {}),
+    "pcee": (PCEE, {}),
+    "voting": (Voting, {}),
+    "msdnet": (MSDNet, {}),
     "beem-c": (BEEM, {"weights": "cost"}),
     "beem-a": (BEEM, {"weights": "accuracy"}),
     "eenet": (EENet, {}),
+    "ztw": (ZTW, {}),
+    "jei-dnn": (JEIDNN, {}),
+    "berxit": (BERxiT, {}),
+    "accuracy-bins": (AccuracyBins, {}),
+    "eero": (EERO, {}),
+    "fixed": (Fixed, {}),
 }
+
+
+#: What quickstart and reports show unless asked for more.
+HEADLINE = ("max-prob", "entropy", "patience", "beem-c", "beem-a", "eenet")
 
 
 @dataclass(frozen=True)
@@ -84,6 +129,11 @@ def choice(name: str) -> tuple[type, dict[str, Any]]:
     if name not in CHOICES:
         raise ValueRangeError(f"unknown policy {name!r}; expected one of {', '.join(CHOICES)}.")
     return CHOICES[name]
+
+
+def families_for(trace: ExitTrace) -> tuple[str, ...]:
+    """The names in `CHOICES` that a trace has the signals for."""
+    return tuple(name for name, (kind, _) in CHOICES.items() if set(kind.needs) <= set(trace.signal_names))
 
 
 def calibrate_choice(

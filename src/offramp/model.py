@@ -31,6 +31,8 @@ class ExitModel(nn.Module):
     heads: nn.ModuleList
     taps: tuple[str, ...]
     classes: int
+    #: What heads say beyond logits, in columns behind the classes; `learn_certainty` adds "certainty".
+    signals: tuple[str, ...] = ()
 
     @property
     def exits(self) -> int:
@@ -52,8 +54,39 @@ class ExitModel(nn.Module):
 
     def head_logits(self, k: int, tap: Tensor, mask: Tensor | None = None) -> Float[Tensor, "batch cls"]:
         """Exit k's logits from its tap, for k < E-1; `mask` [batch tok] is used by heads that average tokens."""
+        columns = self._columns(k, tap, mask)
+        return columns[:, : self.classes] if self.signals else columns
+
+    def evidence(
+        self, k: int, tap: Tensor, mask: Tensor | None = None
+    ) -> tuple[Float[Tensor, "batch cls"], Float[Tensor, "batch sig"] | None]:
+        """(exit k's logits, its signals as float32 in [0, 1] in the order of `signals`; None when there are none)."""
+        columns = self._columns(k, tap, mask)
+        if not self.signals:
+            return columns, None
+        return columns[:, : self.classes], torch.sigmoid(columns[:, self.classes :].float())
+
+    def forward_with_signals(
+        self, inputs: Inputs
+    ) -> tuple[Float[Tensor, "exit batch cls"], Float[Tensor, "exit batch sig"] | None]:
+        """(the logits of every exit, as `forward` gives them, their signals or None). The last exit's are zeros: a row
+        that is there stops, whatever they are."""
+        raise NotImplementedError
+
+    def _columns(self, k: int, tap: Tensor, mask: Tensor | None) -> Tensor:
+        """What head k gives: its logits, and a column for each signal."""
         head = self.heads[k]
         return head(tap, mask) if getattr(head, "takes_mask", False) else head(tap)
+
+    def _with_signals(
+        self, last: Tensor, exits: Sequence[tuple[Tensor, Tensor | None]]
+    ) -> tuple[Float[Tensor, "exit batch cls"], Float[Tensor, "exit batch sig"] | None]:
+        """What `forward_with_signals` gives, of the last exit's logits and the others' evidence."""
+        logits = torch.stack([*(each for each, _ in exits), last])
+        if not self.signals:
+            return logits, None
+        none = torch.zeros(len(last), len(self.signals), device=last.device)
+        return logits, torch.stack([*(signals for _, signals in exits if signals is not None), none])
 
 
 class MultiExitModel(ExitModel):
@@ -64,7 +97,8 @@ class MultiExitModel(ExitModel):
 
     Attributes:
         backbone: the original model.
-        heads: E-1 heads; `heads[k](tap)` gives logits [batch cls], with the attention mask too if it has `takes_mask`.
+        heads: E-1 heads; `heads[k](tap)` gives logits [batch cls], with the attention mask too if it has `takes_mask`,
+            and a column behind them for each of `signals`.
         taps: the names of the taps in the order of execution.
         classes: the number of classes.
     """
@@ -105,6 +139,20 @@ class MultiExitModel(ExitModel):
         Args:
             inputs: a tensor [batch ...], or several by name, called as keywords of the original.
         """
+        heard, last = self._heard(inputs)
+        mask = mask_of(inputs)
+        return torch.stack([*(self.head_logits(k, tap, mask) for k, tap in enumerate(heard)), last])
+
+    def forward_with_signals(
+        self, inputs: Inputs
+    ) -> tuple[Float[Tensor, "exit batch cls"], Float[Tensor, "exit batch sig"] | None]:
+        """(the logits of every exit, as `forward` gives them, their signals or None; zeros at the last exit)."""
+        heard, last = self._heard(inputs)
+        mask = mask_of(inputs)
+        return self._with_signals(last, [self.evidence(k, tap, mask) for k, tap in enumerate(heard)])
+
+    def _heard(self, inputs: Inputs) -> tuple[list[Any], Tensor]:
+        """What came by at each tap, and the original's logits."""
         heard: list[Any] = [None] * len(self._taps)
 
         def hear(k: int, tap: Tensor) -> None:
@@ -113,8 +161,7 @@ class MultiExitModel(ExitModel):
 
         with listen(self.backbone, self._taps, hear):
             last = self.plain(inputs)
-        mask = mask_of(inputs)
-        return torch.stack([*(self.head_logits(k, tap, mask) for k, tap in enumerate(heard)), last])
+        return heard, last
 
     def plain(self, inputs: Inputs) -> Float[Tensor, "batch cls"]:
         """The original's own logits; no head runs."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from offramp.artefacts import write_json
-from offramp.compare import CHOICES, Compared, Pool, compare, compare_pooled, halves
+from offramp.compare import HEADLINE, Compared, Pool, compare, compare_pooled, halves
 from offramp.cost import Budget, CostModel
 from offramp.data import Examples
 from offramp.errors import DataError
@@ -109,7 +109,7 @@ def quickstart(
         DataError, MissingExtra: the data or a package is missing.
     """
     small = task == "digits"
-    names = tuple(families or (SMALL if small else tuple(CHOICES)))
+    names = tuple(families or (SMALL if small else HEADLINE))
     sizes = tuple(batch_sizes or ((1, 64) if small else (1, 8, 32, 128)))
     folder = Path(out) if out is not None else Path("runs") / task
     work = job(task, data=data, epochs=epochs, limit=limit, seed=seed)

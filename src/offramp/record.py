@@ -25,7 +25,8 @@ def record(
     progress: bool = True,
     precision: str = "fp32",
 ) -> ExitTrace:
-    """The trace of a model over a data set: logits [exit row cls] and labels [row], rows in the data's order.
+    """The trace of a model over a data set: logits [exit row cls] and labels [row], rows in the data's order; and the
+    signals [exit row sig] of a model that has some.
 
     The model runs in eval mode, where it is, and comes back in the mode it was in.
 
@@ -39,10 +40,13 @@ def record(
         ShapeError, ValueRangeError: labels do not fit the model, or logits are NaN or infinite.
     """
     data = as_data(data)
-    logits, labels = predict(model, data, batch_size=batch_size, progress=progress, precision=precision)
+    logits, signals, labels = _said(model, data, batch_size, progress, precision)
     if ids is None:
         ids = data.ids.tolist() if isinstance(data, Examples) else range(logits.shape[1])
-    return ExitTrace(logits=logits, labels=labels, ids=tuple(str(name) for name in ids))
+    names: Any = () if signals is None else model.signals
+    return ExitTrace(
+        logits=logits, labels=labels, signals=signals, signal_names=names, ids=tuple(str(name) for name in ids)
+    )
 
 
 def predict(
@@ -55,12 +59,21 @@ def predict(
         ShapeError: the model's output is not [exit batch cls].
         ValueRangeError: `precision` is neither "fp32" nor "bf16".
     """
+    logits, _, labels = _said(model, data, batch_size, progress, precision)
+    return logits, labels
+
+
+def _said(
+    model: Any, data: Any, batch_size: int, progress: bool, precision: str
+) -> tuple[Float[Tensor, "exit row cls"], Float[Tensor, "exit row sig"] | None, Int[Tensor, "row"] | None]:
+    """(logits, signals or None, labels or None) on the CPU, rows in the data's order."""
     if precision not in ("fp32", "bf16"):
         raise ValueRangeError(f"precision is {precision!r}; expected 'fp32' or 'bf16'.")
     loader = as_loader(data, batch_size, bucket=True)
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}
     pieces: list[Tensor] = []
+    beside: list[Tensor] = []
     rows: list[Tensor] = []
     labels: list[Tensor | None] = []
     model.eval()
@@ -68,12 +81,14 @@ def predict(
         with Meter("recording", total=_length(loader), show=progress) as meter, torch.inference_mode():
             for batch in loader:
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    logits = model(to_device(batch.inputs, device))
+                    logits, signals = _of_batch(model, to_device(batch.inputs, device))
                 if logits.ndim != 3:
                     raise ShapeError(
                         f"the model gave shape {list(logits.shape)}; expected [exit batch cls]. Use attach()."
                     )
                 pieces.append(logits.float().cpu())
+                if signals is not None:
+                    beside.append(signals.cpu())
                 rows.append(batch.rows)
                 labels.append(batch.labels)
                 meter.advance()
@@ -83,15 +98,26 @@ def predict(
     if not pieces:
         raise DataError("the data set is empty. Give at least one row.")
     place = torch.cat(rows)
+    whole, told = _in_order(pieces, place), _in_order(beside, place) if beside else None
+    known = [label for label in labels if label is not None]
+    if len(known) < len(labels):
+        return whole, told, None
+    answers = torch.empty(len(place), dtype=known[0].dtype)
+    answers[place] = torch.cat(known).cpu()
+    return whole, told, answers
+
+
+def _of_batch(model: Any, inputs: Any) -> tuple[Tensor, Tensor | None]:
+    """(logits, signals or None) of one batch; a model without signals is called as any module."""
+    return model.forward_with_signals(inputs) if getattr(model, "signals", ()) else (model(inputs), None)
+
+
+def _in_order(pieces: list[Tensor], place: Tensor) -> Tensor:
+    """The pieces [exit batch ...] as one [exit row ...], each row at its place."""
     # Filled outside inference mode, so that the trace can take part in autograd when a policy is fitted.
     whole = torch.empty((pieces[0].shape[0], len(place), pieces[0].shape[2]))
     whole[:, place] = torch.cat(pieces, dim=1)
-    known = [label for label in labels if label is not None]
-    if len(known) < len(labels):
-        return whole, None
-    answers = torch.empty(len(place), dtype=known[0].dtype)
-    answers[place] = torch.cat(known).cpu()
-    return whole, answers
+    return whole
 
 
 def to_device(inputs: Any, device: torch.device, channels_last: bool = False) -> Any:

@@ -1,6 +1,7 @@
 """A run directory: what was trained and how, and its weights. Read again by the command line and by quickstart.
 
-run.json              task or own job, options, figures of the training, versions, machine, checksum of the weights
+run.json              task or own job, options, figures of the training, versions, machine, checksum of the weights;
+                      the signals that the heads were taught beyond logits, if there are any
 model.safetensors     every parameter and buffer of the model with exits, once
 preprocess/           how a raw row becomes inputs, for own data
 network/              the configuration of a transformers network
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from offramp.artefacts import read_json, write_atomically, write_json
+from offramp.certainty import widen
 from offramp.checkpoints import named_tensors
 from offramp.errors import FormatError, OfframpError
 from offramp.jobs import JOBS, Job, job
@@ -36,11 +38,11 @@ from offramp.recipe import Recipe, TrainReport
 
 __all__ = [
     "RUN", "WEIGHTS", "costs_path", "held_out", "load_run", "made_from", "policies_folder", "read_run", "save_run",
-    "trace_path",
+    "save_signals", "trace_path",
 ]  # fmt: skip
 
 KIND, VERSION = "offramp.run", 2
-RUN, WEIGHTS, PREPROCESS, NETWORK = "run.json", "model.safetensors", "preprocess", "network"
+RUN, WEIGHTS, PREPROCESS, NETWORK, SIGNALS = "run.json", "model.safetensors", "preprocess", "network", "signals"
 OPTIONS = ("epochs", "limit", "max_length", "seed")  # of `job`; `data` is a matter of the machine
 FIELDS = {"task", "options", "exits", "classes", "weights_sha256", "report"} | {
     "objective", "recipe", "versions", "machine", "own",
@@ -77,14 +79,12 @@ def save_run(
             write_json(kept, json.loads(network.config.to_json_string(use_diff=False)))
         else:  # made by code, not by the configuration of an earlier run
             kept.unlink(missing_ok=True)
-    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named_tensors(model)}
-    write_atomically(folder / WEIGHTS, lambda partial: save_file(tensors, partial, metadata={"kind": KIND}))
     fields = {
         "task": task,
         "options": {name: value for name, value in options.items() if name in OPTIONS and value is not None},
         "exits": model.exits,
         "classes": model.classes,
-        "weights_sha256": _sha256(folder / WEIGHTS),
+        "weights_sha256": _save_weights(folder, model),
         "report": report.to_dict(),
         "objective": None if objective is None else objective_to_dict(objective),
         "recipe": None if recipe is None else recipe.describe(),
@@ -92,8 +92,43 @@ def save_run(
         "machine": machine_line(),
         "own": None if own is None else dataclasses.asdict(own.own),
     }
-    write_json(folder / RUN, {"kind": KIND, "version": VERSION, "fields": fields})
+    return _save_fields(folder, fields, model.signals)
+
+
+def save_signals(folder: str | Path, model: MultiExitModel) -> Path:
+    """The folder of a run, after the model's signals and the weights that give them were written to it.
+
+    Both files are replaced in one rename each; what else the run says of itself stays.
+
+    Raises:
+        FormatError: there is no finished run.
+    """
+    folder = Path(folder)
+    fields = read_run(folder)
+    return _save_fields(folder, {**fields, "weights_sha256": _save_weights(folder, model)}, model.signals)
+
+
+def _save_fields(folder: Path, fields: Mapping[str, Any], signals: tuple[str, ...]) -> Path:
+    """The folder; runs without signals do not name any, as those of before there were any."""
+    value = {name: field for name, field in fields.items() if name != SIGNALS}
+    if signals:
+        value[SIGNALS] = list(signals)
+    write_json(folder / RUN, {"kind": KIND, "version": VERSION, "fields": value})
     return folder
+
+
+def _save_weights(folder: Path, model: MultiExitModel) -> str:
+    """The checksum of the weights, after they were written."""
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named_tensors(model)}
+    checksum = ""
+
+    def write(partial: Path) -> None:
+        nonlocal checksum
+        save_file(tensors, partial, metadata={"kind": KIND})
+        checksum = _sha256(partial)  # here, so that no time goes by between the new weights and their new checksum
+
+    write_atomically(folder / WEIGHTS, write)
+    return checksum
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
@@ -118,13 +153,17 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     fields = value.get("fields")
     if isinstance(fields, dict) and value["version"] == 1:  # runs had no data of their own then
         fields = {**fields, "own": None}
-    if not isinstance(fields, dict) or set(fields) != FIELDS or not isinstance(fields["options"], dict):
+    if isinstance(fields, dict):
+        fields = {SIGNALS: [], **fields}
+    if not isinstance(fields, dict) or set(fields) != {*FIELDS, SIGNALS} or not isinstance(fields["options"], dict):
         raise FormatError(f"{path} is damaged: its fields are not those of a run. Train again.")
     if fields["own"] is None and (fields["task"] not in JOBS or not set(fields["options"]) <= set(OPTIONS)):
         raise FormatError(
             f"{path} is of the task {fields['task']!r} with options {sorted(fields['options'])}; "
             f"expected one of {', '.join(JOBS)}, with {', '.join(OPTIONS)}. Train again."
         )
+    if fields[SIGNALS] not in ([], ["certainty"]):
+        raise FormatError(f"{path} has the signals {fields[SIGNALS]}; this Offramp knows 'certainty'. Update.")
     return fields
 
 
@@ -154,6 +193,8 @@ def load_run(folder: str | Path, *, data: str | Path | None = None) -> tuple[Job
         raise FormatError(f"{weights} is not a readable safetensors file: {error}. Train again.") from None
     work = _job_of(folder, fields, data)
     model, tokenizer = work.build()
+    if fields[SIGNALS]:
+        widen(model, tuple(fields[SIGNALS]))
     _fill(model, tensors, weights)
     return work, model.eval(), tokenizer
 

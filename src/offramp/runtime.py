@@ -14,7 +14,7 @@ from offramp.model import ExitModel
 from offramp.policies.base import Evidence, Policy, State, Step, check_exits, visits
 from offramp.scores import probabilities
 
-__all__ = ["Prediction", "Runtime"]
+__all__ = ["Prediction", "Runtime", "check_signals"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class Runtime:
         policy: made for the same number of exits.
 
     Raises:
-        ShapeError: the policy is for another number of exits or needs signals that a live run does not have.
+        ShapeError: the policy is for another number of exits or needs signals that the model does not have.
         NotStageable: the model cannot be cut at its exits.
     """
 
@@ -56,11 +56,11 @@ class Runtime:
         if isinstance(policy, type) or not isinstance(policy, Policy):
             raise ShapeError(f"the policy is {policy!r}; expected a value such as MaxProb(0.9).")
         check_exits(policy, model.exits)
-        if policy.needs:
-            raise ShapeError(f"{type(policy).__name__} needs the signals {policy.needs}; the runtime has logits only.")
+        check_signals(policy, model.signals)
         self.model = model
         self.policy = policy
         self._visits = frozenset(visits(policy, model.exits))
+        self._columns = [model.signals.index(name) for name in policy.needs]
         model.stages()
 
     @torch.inference_mode()
@@ -90,9 +90,12 @@ class Runtime:
         for k in range(self.model.exits):
             tap, after = stages.run(k, carry)
             if after is None:  # the last exit: what ends there are the model's own logits
-                seen = Evidence(tap)
+                seen = Evidence(tap, tap.new_zeros(len(tap), len(policy.needs)) if policy.needs else None)
             elif k in self._visits:
-                seen = Evidence(self.model.head_logits(k, tap, after.mask))
+                if policy.needs:
+                    seen = self._evidence(k, tap, after.mask)
+                else:
+                    seen = Evidence(self.model.head_logits(k, tap, after.mask))
             else:
                 carry = after
                 continue
@@ -108,6 +111,27 @@ class Runtime:
                 carry = carry.select(stay)
                 state = tuple(part[stay] for part in state)
         return results.prediction()
+
+    def _evidence(self, k: int, tap: Tensor, mask: Tensor | None) -> Evidence:
+        """Exit k's logits, and the signals that the policy needs in its order."""
+        logits, signals = self.model.evidence(k, tap, mask)
+        if signals is not None and self.policy.needs != self.model.signals:
+            signals = signals[:, self._columns]
+        return Evidence(logits, signals)
+
+
+def check_signals(policy: Policy, signals: tuple[str, ...]) -> None:
+    """Nothing, when every signal that the policy needs is among those of a model.
+
+    Raises:
+        ShapeError: one is missing.
+    """
+    if missing := [name for name in policy.needs if name not in signals]:
+        has = f"only the signals {', '.join(signals)}" if signals else "logits only"
+        raise ShapeError(
+            f"{type(policy).__name__} needs the signals {', '.join(missing)}; the model has {has}. "
+            "Give it what is missing, such as learn_certainty(model, data), or another policy."
+        )
 
 
 class _Results:

@@ -61,12 +61,11 @@ def walk(policy: Policy, trace: ExitTrace) -> Walk:
         ShapeError: the policy is for another number of exits, or needs signals that the trace lacks.
     """
     check_exits(policy, trace.exits)
-    if policy.needs and trace.signals is None:
-        raise ShapeError(f"{type(policy).__name__} needs the signals {policy.needs}; this trace has none. Record them.")
+    signals = trace.signals_for(policy.needs)
     visited = visits(policy, trace.exits)
     state, steps = None, []
     for k in visited:
-        seen = Evidence(trace.logits[k], None if trace.signals is None else trace.signals[k])
+        seen = Evidence(trace.logits[k], None if signals is None else signals[k])
         step = policy.step(k, seen, policy.init(seen) if state is None else state)
         state = step.state
         steps.append(step)

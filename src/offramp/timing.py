@@ -131,16 +131,17 @@ def with_step_times(costs: CostModel, policy: Policy, trace: ExitTrace, *, secon
     Args:
         seconds: about so long per batch size.
     """
-    visited = visits(policy, trace.exits)
+    visited, needed = visits(policy, trace.exits), trace.signals_for(policy.needs)
     timed = []
     for row in costs.timed:
         everyone = torch.arange(row.batch_size)
         logits = trace.logits[:, everyone % trace.rows]
+        signals = None if needed is None else needed[:, everyone % trace.rows]
 
-        def decide(logits: Tensor = logits, everyone: Tensor = everyone) -> None:
+        def decide(logits: Tensor = logits, signals: Tensor | None = signals, everyone: Tensor = everyone) -> None:
             state = None
             for k in visited:
-                seen = Evidence(logits[k])
+                seen = Evidence(logits[k], None if signals is None else signals[k])
                 step = policy.step(k, seen, policy.init(seen) if state is None else state)
                 int(step.stop.sum())  # the runtime waits for this count, then regroups
                 state = tuple(part[everyone] for part in step.state)

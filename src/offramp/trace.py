@@ -29,6 +29,7 @@ class ExitTrace:
         logits: float [exit row cls]; kept as float32 on the CPU. The last exit is the model's own output.
         labels: class indices [row], kept as int64, or None when they are not known.
         signals: float [exit row sig], what a policy may declare in `needs` beyond logits, or None.
+        signal_names: what each signal is called; a policy gets those that it needs by name.
         ids: one string per row, or None; they say which rows were used for what.
         source: a line that says what was recorded, for reports.
 
@@ -39,6 +40,7 @@ class ExitTrace:
     logits: Float[Tensor, "exit row cls"]
     labels: Int[Tensor, "row"] | None = None
     signals: Float[Tensor, "exit row sig"] | None = None
+    signal_names: tuple[str, ...] = ()
     ids: tuple[str, ...] | None = None
     source: str = field(default="")
 
@@ -60,10 +62,21 @@ class ExitTrace:
             if tuple(signals.shape[:2]) != (exits, rows):
                 raise ShapeError(f"signals have shape {list(signals.shape)}; expected [{exits}, {rows}, sig].")
             put(self, "signals", check_finite(signals.detach().to("cpu", torch.float32), "signals [exit row sig]"))
+        self._check_names()
         if self.ids is not None:
             put(self, "ids", tuple(str(i) for i in self.ids))
             if len(self.ids) != rows:
                 raise ShapeError(f"there are {len(self.ids)} ids for {rows} rows; expected one per row.")
+
+    def _check_names(self) -> None:
+        names = tuple(self.signal_names)
+        held = 0 if self.signals is None else self.signals.shape[2]
+        # signals without any name are kept as they are: nothing that asks by name can use them
+        if not all(isinstance(name, str) and name for name in names) or (names and len(names) != held):
+            raise ShapeError(f"signal_names are {names}; expected one name for each of {held} signals.")
+        if len(set(names)) != len(names):
+            raise ShapeError(f"signal_names are {names}; expected different names.")
+        object.__setattr__(self, "signal_names", names)
 
     @property
     def exits(self) -> int:
@@ -90,6 +103,25 @@ class ExitTrace:
             raise DataError(f"{why} needs labels, and this trace has none. Record it from labelled data.")
         return self.labels
 
+    def signals_for(self, needs: tuple[str, ...]) -> Float[Tensor, "exit row sig"] | None:
+        """The signals that a policy needs, float [exit row sig] in the order of `needs`; None when it needs none.
+
+        Raises:
+            ShapeError: the trace does not have one of them by that name.
+        """
+        if not needs:
+            return None
+        missing = [name for name in needs if name not in self.signal_names]
+        if missing or self.signals is None:
+            raise ShapeError(
+                f"the trace lacks the signals {', '.join(missing)} that the policy needs; it has "
+                f"{', '.join(self.signal_names) or 'none'}. Record it from a model that has them: "
+                "learn_certainty(model, data), then record(model, data)."
+            )
+        if needs == self.signal_names:
+            return self.signals
+        return self.signals[..., [self.signal_names.index(name) for name in needs]]
+
     def accuracy(self) -> tuple[float, ...]:
         """Each exit's accuracy on all rows."""
         right = self.logits.argmax(dim=-1) == self.known_labels("accuracy")
@@ -109,6 +141,7 @@ class ExitTrace:
             logits=self.logits[:, index],
             labels=None if self.labels is None else self.labels[index],
             signals=None if self.signals is None else self.signals[:, index],
+            signal_names=self.signal_names,
             ids=None if self.ids is None else tuple(self.ids[i] for i in index.tolist()),
             source=self.source,
         )
@@ -128,6 +161,8 @@ class ExitTrace:
         about = {"kind": KIND, "version": str(VERSION), "source": self.source}
         if self.ids is not None:
             about["ids"] = json.dumps(self.ids)
+        if self.signal_names:
+            about["signal_names"] = json.dumps(self.signal_names)
         return write_atomically(path, lambda partial: save_file(tensors, partial, metadata=about))
 
     @classmethod
@@ -151,6 +186,7 @@ class ExitTrace:
             raise FormatError(f"{path} is a trace of version {about.get('version')}; this Offramp reads {VERSION}.")
         try:
             ids = tuple(json.loads(about["ids"])) if "ids" in about else None
-            return cls(ids=ids, source=about.get("source", ""), **tensors)
+            names = tuple(json.loads(about.get("signal_names", "[]")))
+            return cls(ids=ids, source=about.get("source", ""), signal_names=names, **tensors)
         except (ValueError, TypeError, RecursionError) as error:
             raise FormatError(f"{path} is a damaged trace: {error} Record it again.") from None

@@ -13,7 +13,19 @@ from offramp.objectives import Objective
 
 run = CliRunner()
 NAMES = [
-    *("quickstart", "attach", "train", "record", "measure", "calibrate", "compare", "predict", "report", "inspect"),
+    *(
+        "quickstart",
+        "attach",
+        "train",
+        "certainty",
+        "record",
+        "measure",
+        "calibrate",
+        "compare",
+        "predict",
+        "report",
+        "inspect",
+    ),
     *("bundle create", "bundle verify"),
 ]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from offramp import Budget, CostModel, DataError, ErrorRate, ExitTrace, ValueRangeError
-from offramp.compare import CHOICES, Pool, calibrate_choice, compare, compare_pooled, drift, halves
+from offramp.compare import Pool, calibrate_choice, compare, compare_pooled, drift, families_for, halves
 from offramp.simulate import simulate
 
 COSTS = CostModel.from_costs((0.25, 0.6, 1.0))
@@ -22,12 +22,16 @@ def made(rows: int, *, hard: float = 0.0, seed: int = 0) -> ExitTrace:
 
 
 def test_every_choice_is_compared_at_every_target():
-    table = compare(made(400), made(300, seed=1), COSTS, [Budget(fraction=0.5), Budget(fraction=0.7)], tuple(CHOICES))
-    assert [row.family for row in table] == [*CHOICES, *CHOICES]
+    names = families_for(made(400))
+    assert "berxit" not in names  # it wants a signal
+    table = compare(made(400), made(300, seed=1), COSTS, [Budget(fraction=0.5), Budget(fraction=0.7)], names)
+    assert [row.family for row in table] == [*names, *names]
     for row in table:
         assert row.low <= row.accuracy <= row.high
         assert sum(row.shares) == pytest.approx(1)
-        assert row.achieved <= float(row.target.split()[0]) + 1e-9
+        # voting and F-PABEE leave at the second exit at the earliest, which 0.5 does not pay for
+        kept = row.achieved <= float(row.target.split()[0]) + 1e-9
+        assert kept or (row.status == "infeasible" and row.family in ("voting", "f-pabee"))
 
 
 def test_the_test_rows_alone_are_judged():

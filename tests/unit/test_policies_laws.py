@@ -10,38 +10,100 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from offramp.errors import OfframpError, ShapeError, ValueRangeError
-from offramp.policies import BEEM, FAMILIES, Array, EENet, Entropy, Evidence, MaxProb, Patience, dumps, loads, visits
+from offramp.policies import (
+    BEEM,
+    EERO,
+    FAMILIES,
+    FPABEE,
+    JEIDNN,
+    PCEE,
+    ZTW,
+    AccuracyBins,
+    Array,
+    BERxiT,
+    EENet,
+    Entropy,
+    Evidence,
+    Fixed,
+    Margin,
+    MaxProb,
+    MSDNet,
+    Patience,
+    Voting,
+    dumps,
+    loads,
+    visits,
+)
 from offramp.policies.base import check_exits
 from offramp.trace import ExitTrace
 
-KINDS = ("MaxProb", "Entropy", "Patience", "BEEM-own", "BEEM-zero", "EENet-linear", "EENet-mlp", "EENet-few")
+SIMPLE = {kind.__name__: kind for kind in (MaxProb, Entropy, Margin, Voting, MSDNet, EERO, BERxiT)}
+COUNTING = ("Patience", "FPABEE", "PCEE")
+KINDS = (
+    *SIMPLE, "Patience", "Patience-multilabel", "Patience-regression", "BEEM-own", "BEEM-zero", "BEEM-multilabel",
+    "BEEM-regression", "FPABEE-js", "FPABEE-kl", "FPABEE-kl-reverse", "FPABEE-symmetric", "FPABEE-multilabel",
+    "FPABEE-regression", "PCEE", "EENet-linear", "EENet-mlp", "EENet-few", "EENet-votes", "ZTW", "ZTW-apart", "JEIDNN",
+    "AccuracyBins", "Fixed",
+)  # fmt: skip
 NEAR = 1e-5
+
+
+def evidence(policy, logits: Tensor) -> Evidence:
+    """What a policy would see: a regression has one output, and a signal is something else than the logits."""
+    if getattr(policy, "task", "") == "regression":
+        logits = logits[:, :1]
+    return Evidence(logits, torch.sigmoid(logits[:, :1].float() - 0.3) if policy.needs else None)
+
+
+def counting_policy(kind: str, g: torch.Generator, exits: int, flags):
+    """Policies that leave after so many exits in a row."""
+    count = int(torch.randint(exits, (), generator=g))
+    task = kind.partition("-")[2]
+    if kind.startswith("Patience"):
+        return Patience(count, flags, task or "classes", 0.8 if task == "regression" else 0.0)
+    tau = 0.05 + float(torch.rand((), generator=g))
+    if kind == "PCEE":
+        return PCEE(tau - 0.5, count + 1, flags)
+    if task in ("multilabel", "regression"):
+        return FPABEE(tau, count, "js", flags, task)
+    return FPABEE(tau, count, task, flags)
 
 
 def random_policy(kind: str, exits: int, classes: int, seed: int, flags: tuple[bool, ...] | None):
     g = torch.Generator().manual_seed(seed)
     some = torch.rand(exits, generator=g)
     thresholds = tuple((1.2 * some).tolist())
-    if kind == "MaxProb":
-        return MaxProb(thresholds, flags)
-    if kind == "Entropy":
-        return Entropy(thresholds, flags)
-    if kind == "Patience":
-        return Patience(int(torch.randint(exits, (), generator=g)), flags)
+    if kind in SIMPLE:
+        return SIMPLE[kind](thresholds, enabled=flags)
+    if kind.startswith(COUNTING):
+        return counting_policy(kind, g, exits, flags)
     if kind.startswith("BEEM"):
         weights = tuple(torch.rand(exits, generator=g).tolist())
-        return BEEM(weights, thresholds, reset=kind[5:], enabled=flags)
+        if kind in ("BEEM-own", "BEEM-zero"):
+            return BEEM(weights, thresholds, reset=kind[5:], enabled=flags)
+        return BEEM(weights, thresholds, "own", flags, kind[5:], 0.8 if kind == "BEEM-regression" else 0.0)
+    if kind.startswith("ZTW"):
+        arrays = [Array(0.5 * torch.randn(s, generator=g)) for s in ((exits,) * 2, (exits, classes))]
+        cascade = Array(0.2 * torch.randn(exits, classes, classes, generator=g)) if kind == "ZTW" else None
+        return ZTW(thresholds, *arrays, cascade, flags)
+    if kind == "JEIDNN":
+        return JEIDNN(Array(torch.randn(exits, 5, generator=g)), thresholds, 0.5, flags)
+    if kind == "AccuracyBins":
+        edges, means = torch.rand(exits, 3, generator=g).sort(dim=1).values, torch.rand(exits, 4, generator=g)
+        return AccuracyBins(tuple(map(tuple, edges.tolist())), tuple(map(tuple, means.tolist())), thresholds, flags)
+    if kind == "Fixed":
+        return Fixed(int(torch.randint(exits, (), generator=g)), exits)
     scorers = []
     for k in range(exits):
         past = k if flags is None else sum(flags[:k])
-        width = 2 + past + (classes if kind != "EENet-few" else 0)
+        width = 2 + past + (classes if kind != "EENet-few" else 0) + (kind == "EENet-votes")
         if kind == "EENet-mlp":
             shapes = ((3, width), (3,), (3,), ())
         else:
             shapes = ((width,),)
         scorers.append(tuple(Array(torch.randn(shape, generator=g)) for shape in shapes))
     form = "mlp" if kind == "EENet-mlp" else "linear"
-    return EENet(tuple(scorers), thresholds, form, kind != "EENet-few", flags)
+    return EENet(tuple(scorers), thresholds, form, kind != "EENet-few", flags, kind == "EENet-votes")
 
 
 @st.composite
@@ -60,7 +122,7 @@ def run(policy, logits: Tensor):
     """Every visited exit's (stop, score, answer, state)."""
     state, steps = None, []
     for k in visits(policy, len(logits)):
-        seen = Evidence(logits[k])
+        seen = evidence(policy, logits[k])
         step = policy.step(k, seen, policy.init(seen) if state is None else state)
         state = step.state
         steps.append(step)
@@ -76,7 +138,7 @@ def assert_same_rows(ours, theirs, rows, policy):
         assert torch.allclose(a.score, b.score[rows], rtol=0, atol=tolerance)
         assert torch.equal(a.answer, b.answer[rows])
         for x, y in zip(a.state, b.state, strict=True):
-            assert torch.allclose(x, y[rows], rtol=0, atol=tolerance)
+            assert torch.allclose(x, y[rows], rtol=0, atol=tolerance, equal_nan=True)
         if tolerance:
             for t in policy.thresholds:
                 near |= (a.score - t).abs() < 2 * NEAR
@@ -108,7 +170,7 @@ def test_rows_that_leave_do_not_change_those_that_stay(kind):
     whole = run(policy, logits)
     rows, state = torch.arange(40), None
     for step, k in zip(whole, visits(policy, 5), strict=True):
-        seen = Evidence(logits[k][rows])
+        seen = evidence(policy, logits[k][rows])
         ours = policy.step(k, seen, policy.init(seen) if state is None else state)
         assert torch.allclose(ours.score, step.score[rows], rtol=0, atol=1e-6)
         assert torch.equal(ours.stop, step.stop[rows])
@@ -138,13 +200,13 @@ def test_pure(kind, case):
     policy, before, rng = random_policy(kind, exits, classes, seed, flags), logits.clone(), torch.get_rng_state()
     state = None
     for k in visits(policy, exits):
-        seen = Evidence(logits[k])
+        seen = evidence(policy, logits[k])
         state = policy.init(seen) if state is None else state
         kept = tuple(part.clone() for part in state)
         first, second = policy.step(k, seen, state), policy.step(k, seen, state)
         for a, b in zip((*first[:3], *first.state), (*second[:3], *second.state), strict=True):
-            assert torch.equal(a, b)
-        assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True))
+            assert torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        assert all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(state, kept, strict=True))
         state = first.state
     assert torch.equal(logits, before)
     assert torch.equal(torch.get_rng_state(), rng)
@@ -239,7 +301,7 @@ class Cascade(nn.Module):
         state, stops, seen = None, [], None
         visited = visits(self.policy, self.exits)
         for k in visited:
-            seen = Evidence(logits[:, k])
+            seen = evidence(self.policy, logits[:, k])
             step = self.policy.step(k, seen, self.policy.init(seen) if state is None else state)
             state = step.state
             stops.append(step.stop)
@@ -251,7 +313,9 @@ class Cascade(nn.Module):
 
 def varied(kind: str, flags: tuple[bool, ...] | None, logits: Tensor) -> Cascade:
     """A cascade of a policy of that kind under which not all rows leave at one exit."""
-    for seed in range(100):
+    if kind == "Fixed":
+        return Cascade(Fixed(1, 4), 4)
+    for seed in range(300):
         cascade = Cascade(random_policy(kind, 4, 3, seed, flags), 4)
         if len(cascade(logits)[0].unique()) > 1:
             return cascade
@@ -271,7 +335,9 @@ class All(nn.Module):
 
 def test_exportable():
     g = torch.Generator().manual_seed(1)
-    draw = {rows: 2 * torch.randn(rows, 4, 3, generator=g) for rows in (1, 2, 3, 7, 64)}
+    draw = {rows: torch.randn(rows, 4, 3, generator=g) for rows in (1, 2, 3, 7, 64)}
+    for logits in draw.values():  # neighbours that agree now and then
+        logits += 2 * logits[:, :1] * (torch.arange(len(logits))[:, None, None] % 2)
     off = (True, False, True, True)
     every = All([varied(kind, None if i % 2 else off, draw[64]) for i, kind in enumerate(KINDS)])
     batch = torch.export.Dim("batch", min=1)
@@ -293,11 +359,17 @@ def test_monotone(kind, case, low, more):
         stop[-1] = True
         return stop.int().argmax(dim=0)
 
-    if isinstance(policy, Patience):
-        lower, higher = Patience(int(low + 1), flags), Patience(int(low + 1) + int(more), flags)
+    if kind == "Fixed":
+        return  # it has no threshold
+    if kind.startswith(COUNTING):
+        first = int(low + 2)
+        lower, higher = replace(policy, patience=first), replace(policy, patience=first + int(more))
     else:
         lower, higher = replace(policy, thresholds=low), replace(policy, thresholds=low + more)
     assert (taken(higher) >= taken(lower)).all()
+    if kind.startswith(("FPABEE", "PCEE")):
+        surer = replace(policy, tau=policy.tau + more if kind == "PCEE" else policy.tau / (1 + more))
+        assert (taken(surer) >= taken(policy)).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -319,19 +391,25 @@ def test_a_switched_off_exit_is_not_visited_and_never_fires(kind):
     logits = torch.tensor([80.0, 0.0, 0.0]).expand(4, 2, 3).clone()  # every confidence is exactly 1.0
     flags = (False, True, False, True)
     policy = random_policy(kind, 4, 3, 3, flags)
-    if isinstance(policy, Patience):
-        policy = Patience(0, flags)
+    if kind == "Fixed":
+        policy = Fixed(1, 4)
+    elif kind == "PCEE":
+        policy = PCEE(-100.0, 1, flags)
+    elif kind.startswith(COUNTING):
+        policy = replace(policy, patience=0)
     else:
         policy = replace(policy, thresholds=-100.0)
     assert visits(policy, 4) == (1, 3)
-    assert [s.stop.tolist() for s in run(policy, logits)] == [[True, True], [True, True]]
-    seen = Evidence(logits[0])
+    first = kind != "Voting"  # one vote is no vote
+    stops = [s.stop.tolist() for s in run(policy, logits)]
+    assert stops[0] == [first, first]
+    assert stops[1] == [True, True] or kind == "Fixed"  # that the last exit stops is the driver's law
+    seen = evidence(policy, logits[0])
     if not isinstance(policy, EENet):
         assert policy.step(0, seen, policy.init(seen)).stop.tolist() == [False, False]
     else:
-        assert EENet(policy.scorers, -100.0, policy.scorer, policy.class_scores, (False,) * 4).step(
-            0, seen, policy.init(seen)
-        ).stop.tolist() == [False, False]
+        off = replace(policy, thresholds=-100.0, enabled=(False,) * 4)
+        assert off.step(0, seen, policy.init(seen)).stop.tolist() == [False, False]
 
 
 def test_the_neighbour_of_a_switched_off_exit_is_the_one_before_it():

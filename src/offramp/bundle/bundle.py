@@ -31,7 +31,7 @@ from offramp.policies import Policy
 from offramp.policies.base import check_exits
 from offramp.preprocess import Preprocess
 from offramp.record import to_device
-from offramp.runtime import Runtime
+from offramp.runtime import Runtime, check_signals
 
 __all__ = ["Answer", "Bundle"]
 
@@ -70,6 +70,7 @@ class Bundle:
 
     Raises:
         ValueRangeError: labels, names or policies do not fit the model.
+        ShapeError: a policy is for another number of exits, or needs signals that the model does not have.
     """
 
     model: ExitModel
@@ -94,6 +95,7 @@ class Bundle:
                     f"a policy is called {name!r}; expected letters, digits, dots and dashes, and not {PLAIN!r}."
                 )
             check_exits(choice.policy, self.model.exits)
+            check_signals(choice.policy, self.model.signals)
         if self.default not in (*self.policies, PLAIN):
             raise ValueRangeError(f"the default is {self.default!r}; expected one of {', '.join(self.names)}.")
         if self.costs is not None and self.costs.exits != self.model.exits:
@@ -181,8 +183,8 @@ class Bundle:
         """
         value, held = encode_model(self.model)
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in held.items()}
-        inputs, logits = self._example()
-        compare(decode_model(value, tensors, inputs, torch.device("cpu")), inputs, logits)
+        inputs, logits, signals = self._example()
+        compare(decode_model(value, tensors, inputs, torch.device("cpu")), inputs, logits, signals)
         about = {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
@@ -199,19 +201,19 @@ class Bundle:
         }
         with tempfile.TemporaryDirectory() as scratch:
             return write_store(
-                folder, self._writers(value, tensors, example_tensors(inputs, logits), Path(scratch)), about
+                folder, self._writers(value, tensors, example_tensors(inputs, logits, signals), Path(scratch)), about
             )
 
-    def _example(self) -> tuple[Inputs, Tensor]:
+    def _example(self) -> tuple[Inputs, Tensor, Tensor | None]:
         inputs = self.model.example if isinstance(self.model, BundledModel) else three_rows(self.model.example)
         training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
-                logits = self.model(inputs)
+                logits, signals = self.model.forward_with_signals(inputs)
         finally:
             self.model.train(training)
-        return to_device(inputs, torch.device("cpu")), logits.cpu()
+        return to_device(inputs, torch.device("cpu")), logits.cpu(), None if signals is None else signals.cpu()
 
     def _writers(
         self, value: Any, tensors: dict[str, Tensor], example: dict[str, Tensor], scratch: Path
@@ -257,11 +259,11 @@ class Bundle:
 
     @classmethod
     def _read(cls, manifest: Manifest, device: torch.device, check: bool) -> "Bundle":
-        inputs, logits = read_example(read_tensors(manifest.path("example")))
+        inputs, logits, signals = read_example(read_tensors(manifest.path("example")))
         weights = read_tensors(manifest.path("weights"))
         model = decode_model(read_json(manifest.path("programs")), weights, inputs, device)
         if check:
-            compare(model, inputs, logits)
+            compare(model, inputs, logits, signals)
         fields = dict(manifest.fields)
         try:
             policies = {

@@ -22,10 +22,12 @@ __all__ = ["compare", "example_tensors", "read_example", "read_preprocess", "rea
 TOLERANCE = {torch.bfloat16: 1e-1, torch.float16: 2e-2}  # relative to the largest logit; 1e-3 for wider types
 
 
-def example_tensors(inputs: Inputs, logits: Tensor) -> dict[str, Tensor]:
-    """What `read_example` reads: the example's inputs and the logits [exit batch cls] that the model gave."""
+def example_tensors(inputs: Inputs, logits: Tensor, signals: Tensor | None = None) -> dict[str, Tensor]:
+    """What `read_example` reads: the example's inputs, and the logits [exit batch cls] and the signals [exit batch sig]
+    that the model gave."""
     rows = dict(zip((f"input/{name}" for name in names_of(inputs)), tensors_of(inputs), strict=True))
-    return {name: tensor.contiguous() for name, tensor in {**rows, "logits": logits}.items()}
+    said = {"logits": logits} | ({} if signals is None else {"signals": signals})
+    return {name: tensor.contiguous() for name, tensor in {**rows, **said}.items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -40,8 +42,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise FormatError(f"{path.name} is not a readable safetensors file: {error}") from None
 
 
-def read_example(tensors: Mapping[str, Tensor]) -> tuple[Inputs, Tensor]:
-    """(inputs, logits [exit batch cls]) of the example.
+def read_example(tensors: Mapping[str, Tensor]) -> tuple[Inputs, Tensor, Tensor | None]:
+    """(inputs, logits [exit batch cls], signals [exit batch sig] or None) of the example.
 
     Raises:
         FormatError: they are not there.
@@ -49,7 +51,7 @@ def read_example(tensors: Mapping[str, Tensor]) -> tuple[Inputs, Tensor]:
     rows = {name.removeprefix("input/"): tensor for name, tensor in tensors.items() if name.startswith("input/")}
     if "logits" not in tensors or not rows or tensors["logits"].ndim != 3:
         raise FormatError("its example is damaged.")
-    return (rows["input"] if list(rows) == ["input"] else rows), tensors["logits"]
+    return (rows["input"] if list(rows) == ["input"] else rows), tensors["logits"], tensors.get("signals")
 
 
 def read_preprocess(manifest: Manifest) -> Preprocess | None:
@@ -67,8 +69,8 @@ def read_preprocess(manifest: Manifest) -> Preprocess | None:
         return load_preprocess(Path(scratch))
 
 
-def compare(model: BundledModel, inputs: Inputs, expected: Tensor) -> None:
-    """Nothing, when the model gives the logits [exit batch cls] that were written down.
+def compare(model: BundledModel, inputs: Inputs, expected: Tensor, signals: Tensor | None = None) -> None:
+    """Nothing, when the model gives the logits [exit batch cls] that were written down, and the signals.
 
     Raises:
         FormatError: it does not run, or gives others.
@@ -76,17 +78,25 @@ def compare(model: BundledModel, inputs: Inputs, expected: Tensor) -> None:
     device = next(model.parameters()).device
     try:
         with torch.inference_mode():
-            got = model(to_device(inputs, device)).cpu().float()
+            logits, beside = model.forward_with_signals(to_device(inputs, device))
     except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError, AttributeError, MemoryError) as error:
         told = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise FormatError(f"its programs do not run on its own example: {told}") from None
-    expected = expected.float()
+    dtype = next(model.parameters()).dtype
+    _same(logits.cpu().float(), expected.float(), "logits", dtype)
+    if (beside is None) != (signals is None):
+        raise FormatError("its programs and its example do not have the same signals.")
+    if beside is not None and signals is not None:
+        _same(beside.cpu(), signals.float(), "signals", dtype)
+
+
+def _same(got: Tensor, expected: Tensor, what: str, dtype: torch.dtype) -> None:
     if got.shape != expected.shape:
         raise FormatError(f"its programs give {list(got.shape)} on its example; expected {list(expected.shape)}.")
-    bound = TOLERANCE.get(next(model.parameters()).dtype, 1e-3) * float(expected.abs().max().clamp(min=1e-6))
+    bound = TOLERANCE.get(dtype, 1e-3) * float(expected.abs().max().clamp(min=1e-6))
     apart = float((got - expected).abs().max())
     if not apart <= bound:
         raise FormatError(
-            f"its model answers otherwise here: the logits of its example are {apart:.2g} apart; expected at most "
+            f"its model answers otherwise here: the {what} of its example are {apart:.2g} apart; expected at most "
             f"{bound:.2g}."
         )

@@ -55,6 +55,7 @@ class BundledModel(ExitModel):
         classes: the number of classes.
         weights: by the names that they have in the bundle.
         example: inputs of three rows.
+        signals: what the heads say beyond logits.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class BundledModel(ExitModel):
         classes: int,
         weights: Mapping[str, Tensor],
         example: Inputs,
+        signals: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self._example = example
@@ -73,6 +75,7 @@ class BundledModel(ExitModel):
         self.heads = nn.ModuleList([_Head(head) for head in heads])
         self.taps = parts.taps
         self.classes = classes
+        self.signals = signals
         self._stages = stages_of_parts(parts)
         self.eval()
 
@@ -91,12 +94,26 @@ class BundledModel(ExitModel):
 
     def forward(self, inputs: Inputs) -> Float[Tensor, "exit batch cls"]:
         """The logits of every exit; the last are the original's."""
-        carry, seen = self._stages.start(inputs), []
+        taps, last = self._heard(inputs)
+        mask = mask_of(inputs)
+        return torch.stack([*(self.head_logits(k, tap, mask) for k, tap in enumerate(taps)), last])
+
+    def forward_with_signals(
+        self, inputs: Inputs
+    ) -> tuple[Float[Tensor, "exit batch cls"], Float[Tensor, "exit batch sig"] | None]:
+        """(the logits of every exit, their signals or None); signals are zeros at the last exit."""
+        taps, last = self._heard(inputs)
+        mask = mask_of(inputs)
+        return self._with_signals(last, [self.evidence(k, tap, mask) for k, tap in enumerate(taps)])
+
+    def _heard(self, inputs: Inputs) -> tuple[list[Tensor], Tensor]:
+        """What came by at each tap, and the original's logits."""
+        carry, taps = self._stages.start(inputs), []
         for k in range(self.exits):
             tap, after = self._stages.run(k, carry)
-            seen.append(tap if after is None else self.head_logits(k, tap, mask_of(inputs)))
+            taps.append(tap)
             carry = after  # type: ignore[assignment]
-        return torch.stack(seen)
+        return taps[:-1], taps[-1]
 
 
 def encode_model(model: ExitModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -133,6 +150,8 @@ def encode_model(model: ExitModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
             for head in heads
         ],
     }
+    if model.signals:  # absent means none, as in bundles of before there were any
+        value["signals"] = list(model.signals)
     return value, weights.tensors
 
 
@@ -158,7 +177,8 @@ def decode_model(value: Any, weights: Mapping[str, Tensor], example: Inputs, dev
         )
         heads = [_decode_head(head, held, device) for head in value["heads"]]
         _check(parts, heads, value["classes"])
-        return BundledModel(parts, heads, value["classes"], held, to_device(example, device))
+        signals = _signals(value.get("signals", []))
+        return BundledModel(parts, heads, value["classes"], held, to_device(example, device), signals)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, StopIteration) as error:
         if isinstance(error, FormatError):
             raise
@@ -185,6 +205,13 @@ def _check(parts: Parts, heads: Sequence[HeadProgram], classes: Any) -> None:
         raise FormatError(f"its mask {parts.mask!r} is no input.")
     if any(head.takes_mask for head in heads) and parts.mask is None:
         raise FormatError("a head wants a mask, and there is none.")
+
+
+def _signals(names: Any) -> tuple[str, ...]:
+    known = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    if not known or len(set(names)) != len(names):
+        raise FormatError(f"its signals are {str(names)[:80]}; expected different names.")
+    return tuple(names)
 
 
 def _axis(n: Any, symbols: int) -> int | tuple[int]:

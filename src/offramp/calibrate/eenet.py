@@ -31,6 +31,7 @@ class EENetFit:
     Args:
         scorer: "linear", or "mlp" with one hidden layer.
         class_scores: whether the class probabilities are features. With many classes leave them out.
+        votes: whether the share of equal predictions so far is a feature.
         width: hidden width of the share network and of the mlp scorer, as a multiple of the features.
         weight_ce: a_ce, the weight of KL(scores || shares).
         weight_cost: a_cost, the weight of the distance from the budget.
@@ -45,6 +46,7 @@ class EENetFit:
 
     scorer: Literal["linear", "mlp"] = "linear"
     class_scores: bool = True
+    votes: bool = False
     width: float = 0.5
     weight_ce: float = 1e-3
     weight_cost: float = 1e-2
@@ -106,11 +108,13 @@ def _fit_scores(
     rows = torch.randperm(trace.rows, generator=generator)[: fit.max_rows]
     logits = trace.logits[list(visited)][:, rows]
     right = (logits.argmax(dim=-1) == trace.known_labels("EENet")[rows]).float()
-    own = torch.stack([features(exit_logits, exit_logits[:, :0], fit.class_scores).T for exit_logits in logits])
+    own = torch.stack(
+        [features(z, z[:, :0], fit.class_scores, v).T for z, v in zip(logits, _votes(logits, fit), strict=True)]
+    )
     width, count = own.shape[1], len(visited)
     # Every exit's features, one row of the trace per column, and a 1 for biases. Those of q change with the scores.
     inputs = torch.cat([own, torch.zeros(count, count - 1, rows.numel()), torch.ones(count, 1, rows.numel())], dim=1)
-    scorers = [_start(width, i, fit, generator) for i in range(count)]
+    scorers = [_start(width, i, fit, trace.classes, generator) for i in range(count)]
     sharers = _Networks([_network(width + i, fit.width, generator) for i in range(count)], inputs.shape[1])
     scores: _Linears | _Networks = (_Linears if fit.scorer == "linear" else _Networks)(scorers, inputs.shape[1])
     parameters = [*scores.parameters, *sharers.parameters]
@@ -126,8 +130,16 @@ def _fit_scores(
     found = iter(scores.each())
     blank = tuple(Array(torch.zeros_like(p)) for p in scorers[0])
     made = tuple(tuple(map(Array, next(found))) if k in visited else blank for k in range(trace.exits))
-    policy = EENet(made, (0.0,) * trace.exits, fit.scorer, fit.class_scores, flags)
+    policy = EENet(made, (0.0,) * trace.exits, fit.scorer, fit.class_scores, flags, fit.votes)
     return policy, tuple(shares.double().mean(dim=1).tolist())
+
+
+def _votes(logits: Float[Tensor, "visit row cls"], fit: EENetFit) -> list[Tensor | None]:
+    """vote_k [row 1] of every exit, or None for each."""
+    if not fit.votes:
+        return [None] * len(logits)
+    counts = F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float().cumsum(dim=0)
+    return [count.amax(dim=-1, keepdim=True) / (k + 1) for k, count in enumerate(counts)]
 
 
 def _objective(
@@ -216,12 +228,12 @@ class _Networks:
         ]
 
 
-def _start(width: int, past: int, fit: EENetFit, generator: torch.Generator) -> tuple[Tensor, ...]:
+def _start(width: int, past: int, fit: EENetFit, classes: int, generator: torch.Generator) -> tuple[Tensor, ...]:
     """The initial parameters of one scorer; a linear one starts as max-prob."""
     if fit.scorer == "mlp":
         return _network(width + past, fit.width, generator)
     weight = torch.zeros(width + past)
-    weight[width - 2] = 1.0
+    weight[classes if fit.class_scores else 0] = 1.0
     return (weight,)
 
 

@@ -54,8 +54,9 @@ def fit_error_rate(policy: Policy, trace: ExitTrace, target: ErrorRate) -> Polic
     left = torch.ones(rows, dtype=torch.bool)
     thresholds, enabled, state = [0.0] * exits, [True] * exits, None
     probe: Any = dataclasses.replace(policy, thresholds=0.0)  # type: ignore[type-var]
+    signals = trace.signals_for(policy.needs)
     for k in range(exits - 1):
-        seen = Evidence(trace.logits[k])
+        seen = Evidence(trace.logits[k], None if signals is None else signals[k])
         step = probe.step(k, seen, probe.init(seen) if state is None else state)
         answered = step.answer.argmax(dim=-1) == trace.labels
         threshold = None

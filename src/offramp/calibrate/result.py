@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from offramp.artefacts import read_json, write_json
 from offramp.calibrate.error_rate import ErrorRate
 from offramp.calibrate.max_drop import MaxDrop
+from offramp.calibrate.risk import Joint, Promise, Risk
 from offramp.cost import Budget
 from offramp.errors import FormatError
 from offramp.policies import Policy, from_dict, to_dict
@@ -31,14 +32,16 @@ class Calibration:
             policy of the family meets the target (`policy` is then the nearest one, the cheapest).
         message: the same as a sentence for a person.
         rows: how many rows it was fitted on.
+        promise: for Risk and Joint, what holds on new rows and what that rests on; None otherwise.
     """
 
     policy: Policy
-    target: Budget | ErrorRate | MaxDrop
+    target: Budget | ErrorRate | MaxDrop | Risk | Joint
     achieved: float
     status: Status
     message: str
     rows: int
+    promise: Promise | None = None
 
     def save(self, path: str | Path) -> Path:
         """The path, after the calibration was written to it as JSON (atomically)."""
@@ -49,6 +52,7 @@ class Calibration:
             "status": self.status,
             "message": self.message,
             "rows": self.rows,
+            **({} if self.promise is None else {"promise": dataclasses.asdict(self.promise)}),
         }
         return write_json(path, {"kind": KIND, "version": VERSION, "fields": fields})
 
@@ -66,8 +70,24 @@ class Calibration:
         try:
             if fields["status"] not in get_args(Status):
                 raise FormatError(f"status is {fields['status']!r}; expected one of {get_args(Status)}")
-            target = dict(fields["target"])
-            made = {"Budget": Budget, "ErrorRate": ErrorRate, "MaxDrop": MaxDrop}[target.pop("kind")](**target)
-            return cls(**{**fields, "policy": from_dict(fields["policy"]), "target": made})
+            promise = fields.get("promise")
+            return cls(
+                **{
+                    **fields,
+                    "policy": from_dict(fields["policy"]),
+                    "target": _target(fields["target"]),
+                    "promise": None if promise is None else Promise(**promise),
+                }
+            )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise FormatError(f"{path} is a damaged calibration: {error}. Calibrate again.") from None
+
+
+def _target(value: Any) -> Any:
+    """The target that its fields and its kind describe."""
+    fields = dict(value)
+    kind = fields.pop("kind")
+    if kind == "Joint":
+        fields |= {"risk": Risk(**fields["risk"]), "budget": Budget(**fields["budget"])}
+    kinds: dict[str, Any] = {"Budget": Budget, "ErrorRate": ErrorRate, "MaxDrop": MaxDrop, "Risk": Risk, "Joint": Joint}
+    return kinds[kind](**fields)

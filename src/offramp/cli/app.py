@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from offramp.cli import answers, attaching, bundling, choosing, reporting, running, training
+from offramp.cli import answers, attaching, bundling, certainty, choosing, reporting, running, training
 from offramp.cli.show import note, set_quiet
 from offramp.errors import OfframpError
 
@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "quickstart": (running.quickstart, "offramp quickstart --out runs/digits"),
     "attach": (attaching.attach, "offramp attach minilm --every 2"),
     "train": (training.train, "offramp train reviews.csv --model minilm --out runs/reviews"),
+    "certainty": (certainty.certainty, "offramp certainty runs/reviews --epochs 10"),
     "record": (running.record, "offramp record runs/reviews"),
     "measure": (running.measure, "offramp measure runs/reviews --batch-sizes 1,8,32"),
     "calibrate": (

@@ -62,10 +62,21 @@ class Family(StrEnum):
 
     max_prob = "max-prob"
     entropy = "entropy"
+    margin = "margin"
     patience = "patience"
+    f_pabee = "f-pabee"
+    pcee = "pcee"
+    voting = "voting"
+    msdnet = "msdnet"
     beem_c = "beem-c"
     beem_a = "beem-a"
     eenet = "eenet"
+    ztw = "ztw"
+    jei_dnn = "jei-dnn"
+    berxit = "berxit"
+    accuracy_bins = "accuracy-bins"
+    eero = "eero"
+    fixed = "fixed"
 
 
 class Metric(StrEnum):

@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 import torch
 
 from offramp.errors import ValueRangeError
+from offramp.policies.agreement import Task, agrees, certainty, check_task, nothing_said, said
 from offramp.policies.base import Evidence, State, Step, as_flags, as_floats, at_exit, fires
-from offramp.scores import probabilities
 
 __all__ = ["BEEM"]
 
@@ -27,6 +27,10 @@ class BEEM:
         thresholds: one per exit, in units of the score; or one value for all. The last is not used.
         reset: what a disagreement leaves: the exit's own evidence, or nothing (the authors' ALBERT code).
         enabled: one flag per exit; None means that all are on. Neighbours are neighbours among those that are on.
+        task: "classes", or "multilabel": y is then a set of labels and c the mean certainty of them; or "regression":
+            y is the one output, |y_k - y_{k-1}| < tolerance counts as agreement, and c is 1, so that with equal weights
+            and reset="zero" the count of agreements decides, as in the authors' code.
+        tolerance: for regression, in units of the output; 0 otherwise.
 
     Source: Bajpai and Hanawal 2025 (BEEM, arXiv 2502.00745), section 3 and figure 1. The authors' code tests one batch
     with `.all()`; its BERT path computes this score but leaves on PABEE's count. Ours decides row by row, by the score.
@@ -36,6 +40,8 @@ class BEEM:
     thresholds: tuple[float, ...] | float
     reset: Literal["own", "zero"] = "own"
     enabled: tuple[bool, ...] | None = None
+    task: Task = "classes"
+    tolerance: float = 0.0
     needs: ClassVar[tuple[str, ...]] = ()
     per_exit: ClassVar[tuple[str, ...]] = ("weights", "thresholds", "enabled")
 
@@ -45,20 +51,21 @@ class BEEM:
             raise ValueRangeError(f"weights is {self.weights!r}; expected one number per exit, each at least 0.")
         if self.reset not in ("own", "zero"):
             raise ValueRangeError(f"reset is {self.reset!r}; expected 'own' or 'zero'.")
+        check_task(self.task, self.tolerance)
+        object.__setattr__(self, "tolerance", float(self.tolerance))
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "thresholds", as_floats(self.thresholds, "thresholds"))
         object.__setattr__(self, "enabled", as_flags(self.enabled))
 
     def init(self, seen: Evidence) -> State:
-        """(label int64 [batch], S float [batch]); label -1 agrees with nothing."""
-        first = seen.logits[:, 0]
-        return torch.full_like(first, -1, dtype=torch.int64), torch.zeros_like(first, dtype=torch.float32)
+        """(what was said last, see `agreement.said`; S float [batch])."""
+        return nothing_said(seen.logits, self.task), torch.zeros_like(seen.logits[:, 0], dtype=torch.float32)
 
     def step(self, k: int, seen: Evidence, state: State) -> Step:
         """Stop where the evidence gathered so far is at least the threshold of exit k."""
         previous, gathered = state
-        confidence, label = probabilities(seen.logits).max(dim=-1)
-        own = at_exit(self.weights, k) * confidence
+        label = said(seen.logits, self.task)
+        own = at_exit(self.weights, k) * certainty(seen.logits, self.task)
         fresh = own if self.reset == "own" else torch.zeros_like(own)
-        score = torch.where(label == previous, gathered + own, fresh)
+        score = torch.where(agrees(label, previous, self.task, self.tolerance), gathered + own, fresh)
         return Step(fires(self, k, score), score, seen.logits, (label, score))

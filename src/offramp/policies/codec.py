@@ -8,18 +8,39 @@ from offramp.errors import FormatError, OfframpError
 from offramp.policies.arrays import Array
 from offramp.policies.base import Policy
 from offramp.policies.beem import BEEM
-from offramp.policies.confidence import Entropy, MaxProb
+from offramp.policies.berxit import BERxiT
+from offramp.policies.bins import AccuracyBins
+from offramp.policies.confidence import Entropy, Margin, MaxProb
 from offramp.policies.eenet import EENet
+from offramp.policies.eero import EERO
+from offramp.policies.fixed import Fixed
+from offramp.policies.fpabee import FPABEE
+from offramp.policies.jeidnn import JEIDNN
+from offramp.policies.msdnet import MSDNet
 from offramp.policies.patience import Patience
+from offramp.policies.pcee import PCEE
+from offramp.policies.voting import Voting
+from offramp.policies.ztw import ZTW
 
 __all__ = ["FAMILIES", "dumps", "from_dict", "loads", "to_dict"]
 
 FAMILIES: dict[str, type] = {
     "MaxProb": MaxProb,
     "Entropy": Entropy,
+    "Margin": Margin,
     "Patience": Patience,
+    "FPABEE": FPABEE,
+    "PCEE": PCEE,
+    "Voting": Voting,
+    "MSDNet": MSDNet,
     "BEEM": BEEM,
     "EENet": EENet,
+    "ZTW": ZTW,
+    "JEIDNN": JEIDNN,
+    "BERxiT": BERxiT,
+    "AccuracyBins": AccuracyBins,
+    "EERO": EERO,
+    "Fixed": Fixed,
 }
 VERSION = 1
 

@@ -1,4 +1,4 @@
-"""Leave when one exit alone is confident enough: max-prob and entropy."""
+"""Leave when one exit alone is confident enough: max-prob, entropy and margin."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +9,7 @@ from torch import Tensor
 from offramp import scores
 from offramp.policies.base import Evidence, State, Step, as_flags, as_floats, fires
 
-__all__ = ["Entropy", "MaxProb"]
+__all__ = ["Entropy", "Margin", "MaxProb"]
 
 
 @dataclass(frozen=True)
@@ -69,3 +69,20 @@ class Entropy(_Confidence):
     def score(self, logits: Float[Tensor, "batch cls"]) -> Float[Tensor, "batch"]:
         """One minus the normalised entropy of each row."""
         return scores.neg_entropy(logits)
+
+
+@dataclass(frozen=True)
+class Margin(_Confidence):
+    """Leave at the first exit k with p(1) - p(2) >= thresholds[k]: the largest probability less the second largest.
+
+    Args:
+        thresholds: one per exit, in [0, 1]; or one value for all. The last is not used.
+        enabled: one flag per exit; None means that all are on.
+
+    Source: Schuster et al. 2022 (CALM), section 3.3, "softmax response difference", there for tokens. With two classes
+    it orders rows as max-prob does.
+    """
+
+    def score(self, logits: Float[Tensor, "batch cls"]) -> Float[Tensor, "batch"]:
+        """The lead of the most probable class."""
+        return scores.margin(logits)

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from offramp.errors import ShapeError, ValueRangeError
 from offramp.policies.arrays import Array
@@ -20,7 +21,8 @@ __all__ = ["EENet", "features", "raw_score"]
 class EENet:
     """Leave at the first exit k with score_k >= thresholds[k], the score being learned.
 
-        a_k     = [p_k, max p_k, 1 + sum_c p_kc log p_kc / log cls, q of the visited exits before k]
+        a_k     = [p_k, max p_k, 1 + sum_c p_kc log p_kc / log cls, vote_k if wanted, q of the visited exits before k]
+        vote_k  = (largest number of equal predictions among the exits visited so far) / (their number)
         score_k = w_k . a_k                             (scorer="linear")
         score_k = W2 sigmoid(W1 a_k + b1) + b2          (scorer="mlp")
         q_k     = clamp(score_k, 0, 1)  or  sigmoid(score_k)
@@ -34,6 +36,7 @@ class EENet:
         scorer: the form of the score.
         class_scores: whether p_k is among the features (leave it out when there are very many classes).
         enabled: one flag per exit; None means that all are on. A feature q exists only for exits that are on.
+        votes: whether vote_k is among the features.
 
     Source: Ilhan et al. 2024 (EENet, arXiv 2301.07099), section 3, and the authors' code. Theirs clamps past scores in
     training only, and a row whose last score is negative leaves nowhere; ours clamps alike in both, and the last exit
@@ -45,6 +48,7 @@ class EENet:
     scorer: Literal["linear", "mlp"] = "linear"
     class_scores: bool = True
     enabled: tuple[bool, ...] | None = None
+    votes: bool = False
     needs: ClassVar[tuple[str, ...]] = ()
     per_exit: ClassVar[tuple[str, ...]] = ("scorers", "thresholds", "enabled")
 
@@ -59,20 +63,26 @@ class EENet:
             )
         for k, part in enumerate(scorers):
             _check_scorer(part, f"scorers[{k}]")
-        if not isinstance(self.class_scores, bool):
-            raise ValueRangeError(f"class_scores is {self.class_scores!r}; expected True or False.")
+        if not isinstance(self.class_scores, bool) or not isinstance(self.votes, bool):
+            raise ValueRangeError(
+                f"class_scores and votes are {self.class_scores!r}, {self.votes!r}; expected True or False."
+            )
         object.__setattr__(self, "scorers", scorers)
         object.__setattr__(self, "thresholds", as_floats(self.thresholds, "thresholds"))
         object.__setattr__(self, "enabled", as_flags(self.enabled))
 
     def init(self, seen: Evidence) -> State:
-        """(q float [batch 0],): one column is added at each visited exit."""
-        return (seen.logits[:, :0].float(),)
+        """(q float [batch 0],): one column is added at each visited exit; and counts [batch cls] with votes."""
+        past = seen.logits[:, :0].float()
+        return (past, torch.zeros_like(seen.logits, dtype=torch.float32)) if self.votes else (past,)
 
     def step(self, k: int, seen: Evidence, state: State) -> Step:
         """Stop where the learned score is at least the threshold of exit k."""
-        (past,) = state
-        seen_here = features(seen.logits, past, self.class_scores)
+        past, *counts = state
+        if self.votes:
+            counts = [counts[0] + F.one_hot(seen.logits.argmax(dim=-1), seen.logits.shape[-1])]
+        vote = counts[0].amax(dim=-1, keepdim=True) / (past.shape[-1] + 1) if self.votes else None
+        seen_here = features(seen.logits, past, self.class_scores, vote)
         weights = tuple(part.tensor(seen.logits.device) for part in self.scorers[k])
         expected = weights[0].shape[-1]
         if seen_here.shape[-1] != expected:
@@ -82,7 +92,7 @@ class EENet:
             )
         score = raw_score(seen_here, weights)
         q = score.clamp(0, 1) if self.scorer == "linear" else score.sigmoid()
-        return Step(fires(self, k, score), score, seen.logits, (torch.cat([past, q[:, None]], dim=-1),))
+        return Step(fires(self, k, score), score, seen.logits, (torch.cat([past, q[:, None]], dim=-1), *counts))
 
 
 def _check_scorer(part: tuple[Array, ...], what: str) -> None:
@@ -101,9 +111,12 @@ def _check_scorer(part: tuple[Array, ...], what: str) -> None:
 
 
 def features(
-    logits: Float[Tensor, "batch cls"], past: Float[Tensor, "batch q"], class_scores: bool
+    logits: Float[Tensor, "batch cls"],
+    past: Float[Tensor, "batch q"],
+    class_scores: bool,
+    vote: Float[Tensor, "batch 1"] | None = None,
 ) -> Float[Tensor, "batch feature"]:
-    """a_k of one exit: [p (unless class_scores is off), max p, 1 - normalised entropy, past q].
+    """a_k of one exit: [p (unless class_scores is off), max p, 1 - normalised entropy, vote if given, past q].
 
     Raises:
         ValueRangeError: there is only one class, whose entropy is always 0.
@@ -114,7 +127,8 @@ def features(
     log_p = torch.log_softmax(logits.float(), dim=-1)
     certainty = 1.0 + (p * log_p).sum(dim=-1, keepdim=True) / math.log(p.shape[-1])
     parts = [p] if class_scores else []
-    return torch.cat([*parts, p.amax(dim=-1, keepdim=True), certainty, past.float()], dim=-1)
+    votes = [] if vote is None else [vote]
+    return torch.cat([*parts, p.amax(dim=-1, keepdim=True), certainty, *votes, past.float()], dim=-1)
 
 
 def raw_score(seen: Float[Tensor, "batch feature"], weights: tuple[Tensor, ...]) -> Float[Tensor, "batch"]:

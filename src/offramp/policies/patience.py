@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from offramp.errors import ValueRangeError
+from offramp.policies.agreement import Task, agrees, check_task, nothing_said, said
 from offramp.policies.base import Evidence, State, Step, as_flags
 
 __all__ = ["Patience"]
@@ -21,6 +22,9 @@ class Patience:
     Args:
         patience: agreements in a row that are needed, at least 0. It is compared with `>=`.
         enabled: one flag per exit; None means that all are on. Neighbours are neighbours among those that are on.
+        task: "classes": y is the most probable class. "regression": y is the one output, and |y_k - y_{k-1}| <
+            tolerance counts as the same. "multilabel": y is the set of labels with a probability above a half.
+        tolerance: for regression, in units of the output; 0 otherwise.
 
     Source: Zhou et al. 2020 (PABEE, "BERT Loses Patience"), section 3.2. The authors' code tests one batch with
     `.all()`; ours decides row by row.
@@ -28,12 +32,16 @@ class Patience:
 
     patience: int
     enabled: tuple[bool, ...] | None = None
+    task: Task = "classes"
+    tolerance: float = 0.0
     needs: ClassVar[tuple[str, ...]] = ()
     per_exit: ClassVar[tuple[str, ...]] = ("enabled",)
 
     def __post_init__(self) -> None:
         if not isinstance(self.patience, int) or isinstance(self.patience, bool) or self.patience < 0:
             raise ValueRangeError(f"patience is {self.patience!r}; expected a whole number of agreements, at least 0.")
+        check_task(self.task, self.tolerance)
+        object.__setattr__(self, "tolerance", float(self.tolerance))
         object.__setattr__(self, "enabled", as_flags(self.enabled))
 
     @property
@@ -42,15 +50,14 @@ class Patience:
         return float(self.patience)
 
     def init(self, seen: Evidence) -> State:
-        """(label int64 [batch], agreements int64 [batch]); label -1 agrees with nothing."""
-        none = torch.full_like(seen.logits[:, 0], -1, dtype=torch.int64)
-        return none, torch.zeros_like(none)
+        """(what was said last, see `agreement.said`; agreements int64 [batch])."""
+        return nothing_said(seen.logits, self.task), torch.zeros_like(seen.logits[:, 0], dtype=torch.int64)
 
     def step(self, k: int, seen: Evidence, state: State) -> Step:
         """Stop where the count of agreements has reached `patience`."""
         previous, agreements = state
-        label = seen.logits.argmax(dim=-1)
-        agreements = torch.where(label == previous, agreements + 1, 0)
+        label = said(seen.logits, self.task)
+        agreements = torch.where(agrees(label, previous, self.task, self.tolerance), agreements + 1, 0)
         stop = agreements >= self.patience
         if self.enabled is not None and not self.enabled[k]:
             stop = torch.zeros_like(stop)

@@ -1,0 +1,51 @@
+"""CIFAR-10 exits on a frozen network: the public ResNet-56 weights, a convolutional head after each of its first two
+block groups, six epochs of the heads alone. Writes a run like `offramp train` does not: the trace of the test rows and
+the costs.
+
+    python experiments/cifar10_frozen.py --data DIR --out runs/cifar10-frozen        # about 25 minutes on one core
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from offramp import DepthWeighted, Recipe, attach, measure, record, train
+from offramp.augment import CropFlip
+from offramp.demo import resnet56
+from offramp.tasks import load_cifar10
+
+
+def frozen_resnet56(weights: Path) -> torch.nn.Module:
+    """ResNet-56 with the public weights, whose names carry "module."."""
+    network = resnet56()
+    found = torch.load(weights, weights_only=True, map_location="cpu")["state_dict"]
+    network.load_state_dict({name.removeprefix("module."): value for name, value in found.items()}, strict=False)
+    return network.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True, help="holds cifar10/ and checkpoints/")
+    parser.add_argument("--out", type=Path, default=Path("runs/cifar10-frozen"))
+    parser.add_argument("--epochs", type=int, default=6)
+    options = parser.parse_args()
+    weights = sorted((options.data / "checkpoints").glob("resnet56-*.th"))[0]
+    torch.manual_seed(0)
+    model = attach(frozen_resnet56(weights), at=("layer1", "layer2"), head="conv", example=torch.zeros(2, 3, 32, 32))
+    recipe = Recipe(
+        epochs=options.epochs, batch_size=128, lr=2e-3, schedule="cosine", weight_decay=1e-2, channels_last=True,
+        augment=CropFlip(), frozen="backbone", seed=0,
+    )  # fmt: skip
+    report = train(
+        model, load_cifar10(options.data, "train"), objective=DepthWeighted(), recipe=recipe,
+        checkpoint=options.out / "checkpoint",
+    )  # fmt: skip
+    record(model, load_cifar10(options.data, "test"), batch_size=250).save(options.out / "test.safetensors")
+    measure(model, torch.zeros(2, 3, 32, 32)).save(options.out / "costs.json")
+    (options.out / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
