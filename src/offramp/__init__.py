@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from offramp.bundle import Bundle, Choice
     from offramp.calibrate import Calibration, Calibrator, EENetFit, ErrorRate, Joint, MaxDrop, Promise, Risk, calibrate
     from offramp.certainty import learn_certainty
+    from offramp.check import Checked, check, recalibrate_quantiles
     from offramp.compare import compare
     from offramp.cost import Budget, CostModel
     from offramp.data import Examples
@@ -84,6 +85,7 @@ __all__ = [
     "Bundle",
     "Calibration",
     "Calibrator",
+    "Checked",
     "Choice",
     "CostModel",
     "DataError",
@@ -132,11 +134,13 @@ __all__ = [
     "__version__",
     "attach",
     "calibrate",
+    "check",
     "compare",
     "dumps",
     "learn_certainty",
     "loads",
     "measure",
+    "recalibrate_quantiles",
     "record",
     "simulate",
     "train",
@@ -147,6 +151,7 @@ _MODULES = {
     "bundle": "Bundle Choice",
     "calibrate": "Calibration Calibrator EENetFit ErrorRate Joint MaxDrop Promise Risk calibrate",
     "certainty": "learn_certainty",
+    "check": "Checked check recalibrate_quantiles",
     "compare": "compare",
     "cost": "Budget CostModel",
     "data": "Examples",

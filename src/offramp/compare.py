@@ -1,78 +1,31 @@
 """Policies side by side: calibrated on some rows, judged on others."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from offramp.calibrate import Calibration, ErrorRate, MaxDrop, calibrate
+from offramp.calibrate import Calibration, Joint, Risk, Target
+from offramp.choices import CHOICES, HEADLINE, calibrate_choice, calibrator_of, choice, families_for
 from offramp.cost import Budget, CostModel
-from offramp.errors import ValueRangeError
-from offramp.metrics import accuracy_interval, metric_interval, metric_of
-from offramp.policies import (
-    BEEM,
-    EERO,
-    FPABEE,
-    JEIDNN,
-    PCEE,
-    ZTW,
-    AccuracyBins,
-    BERxiT,
-    EENet,
-    Entropy,
-    Fixed,
-    Margin,
-    MaxProb,
-    MSDNet,
-    Patience,
-    Policy,
-    Voting,
-)
-from offramp.simulate import Outcome, simulate
-from offramp.splits import stratified_split
+from offramp.metrics import bootstrap_difference, metric_interval, metric_of, rate_interval
+from offramp.policies import Policy
+from offramp.pools import Pool, halves, thirds
+from offramp.quality import eefp, oracle_accuracy, random_accuracy
+from offramp.simulate import Outcome, simulate, walk
+from offramp.sweep import Said, Sweep
 from offramp.trace import ExitTrace
 
 __all__ = [
-    "CHOICES",
-    "HEADLINE",
-    "Compared",
-    "Pool",
-    "calibrate_choice",
-    "choice",
-    "compare",
-    "compare_pooled",
-    "drift",
-    "families_for",
-    "halves",
-]
+    "BASELINE", "CHOICES", "HEADLINE", "Compared", "Pool", "area", "calibrate_choice", "calibrator_of", "choice",
+    "compare", "compare_pooled", "compare_pools", "drift", "families_for", "halves", "score_quality", "thirds",
+]  # fmt: skip
 
-#: What `--family` and tables call a family with its options.
-CHOICES: dict[str, tuple[type, dict[str, Any]]] = {
-    "max-prob": (MaxProb, {}),
-    "entropy": (Entropy, {}),
-    "margin": (Margin, {}),
-    "patience": (Patience, {}),
-    "f-pabee": (FPABEE, {}),
-    "pcee": (PCEE, {}),
-    "voting": (Voting, {}),
-    "msdnet": (MSDNet, {}),
-    "beem-c": (BEEM, {"weights": "cost"}),
-    "beem-a": (BEEM, {"weights": "accuracy"}),
-    "eenet": (EENet, {}),
-    "ztw": (ZTW, {}),
-    "jei-dnn": (JEIDNN, {}),
-    "berxit": (BERxiT, {}),
-    "accuracy-bins": (AccuracyBins, {}),
-    "eero": (EERO, {}),
-    "fixed": (Fixed, {}),
-}
-
-
-#: What quickstart and reports show unless asked for more.
-HEADLINE = ("max-prob", "entropy", "patience", "beem-c", "beem-a", "eenet")
+#: What differences are against.
+BASELINE = "max-prob"
 
 
 @dataclass(frozen=True)
@@ -90,6 +43,12 @@ class Compared:
         warning: that calibration and test rows differ, or None.
         policy: what was calibrated; the first one where rows were pooled.
         metric: the name of what `value`, its 95 % interval and the last exit's `value_plain` are of.
+        difference, difference_low, difference_high: accuracy less that of max-prob at the same target on the same rows,
+            with a paired 95 % bootstrap interval over rows; None where max-prob was not compared.
+        regret: the accuracy of an oracle at the same mean cost, less this one.
+        random: the expected accuracy of leaving at random with the same shares.
+        lost: the share of test rows that the plain model has right and this policy wrong.
+        budget: the fraction that was asked for, where the target is one.
     """
 
     family: str
@@ -109,150 +68,185 @@ class Compared:
     value_low: float = 0.0
     value_high: float = 0.0
     value_plain: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class Pool:
-    """Disjoint rows of one trace: what a policy is calibrated on, and what it is tested on."""
-
-    fit: ExitTrace
-    test: ExitTrace
-    test_rows: Tensor
-
-
-def choice(name: str) -> tuple[type, dict[str, Any]]:
-    """The family and the options that a name stands for.
-
-    Raises:
-        ValueRangeError: the name is unknown.
-    """
-    if name not in CHOICES:
-        raise ValueRangeError(f"unknown policy {name!r}; expected one of {', '.join(CHOICES)}.")
-    return CHOICES[name]
-
-
-def families_for(trace: ExitTrace) -> tuple[str, ...]:
-    """The names in `CHOICES` that a trace has the signals for."""
-    return tuple(name for name, (kind, _) in CHOICES.items() if set(kind.needs) <= set(trace.signal_names))
-
-
-def calibrate_choice(
-    name: str, trace: ExitTrace, costs: CostModel, target: Budget | ErrorRate | MaxDrop
-) -> Calibration:
-    """`calibrate` for a family named as in `CHOICES`."""
-    family, options = choice(name)
-    return calibrate(family, trace, costs, target, **options)
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    regret: float = 0.0
+    random: float = 0.0
+    lost: float = 0.0
+    budget: float | None = None
 
 
 def compare(
     fit: ExitTrace,
     test: ExitTrace,
     costs: CostModel,
-    targets: Sequence[Budget | ErrorRate | MaxDrop],
+    targets: Sequence[Target],
     families: Sequence[str],
     *,
     metric: str = "accuracy",
+    certify: ExitTrace | None = None,
+    progress: Callable[[], None] | None = None,
 ) -> tuple[Compared, ...]:
-    """Every family at every target, calibrated on `fit` and judged on `test`. Intervals are Wilson's.
+    """Every family at every target, fitted on `fit`, certified on `certify` and judged on `test`.
+
+    Args:
+        certify: for risks; None takes a seeded half of `fit` where a target wants it.
+        progress: called after every family.
 
     Raises:
         DataError: the test rows have no labels.
         ValueRangeError: an unknown family.
     """
-    labels = test.known_labels("comparing policies")
-    plain = float((test.logits[-1].argmax(-1) == labels).double().mean())
-    rows = []
-    for target in targets:
-        for name in families:
-            calibration = calibrate_choice(name, fit, costs, target)
-            outcome = simulate(calibration.policy, test, costs)
-            low, high = accuracy_interval(round((outcome.accuracy or 0.0) * test.rows), test.rows)
-            rows.append(
-                Compared(
-                    name, str(target), calibration.status, calibration.achieved, outcome.cost, outcome.accuracy or 0.0,
-                    low, high, plain, outcome.shares, drift(calibration, fit, outcome, costs), calibration.policy,
-                    metric, metric_of(metric, outcome.answer.argmax(-1), labels, test.classes),
-                    *metric_interval(metric, outcome.answer.argmax(-1), labels, test.classes),
-                    metric_of(metric, test.logits[-1].argmax(-1), labels, test.classes),
-                )
-            )  # fmt: skip
-    return tuple(rows)
-
-
-def halves(trace: ExitTrace, repeats: int = 20, *, seed: int = 0) -> tuple[Pool, ...]:
-    """Two pools per repeat: a seeded half to calibrate on and the other to test on, then swapped."""
-    pools = []
-    for repeat in range(repeats):
-        parts = _halves_of(trace, seed + repeat)
-        for one, other in (parts, parts[::-1]):
-            pools.append(Pool(trace.select(one), trace.select(other), other))
-    return tuple(pools)
-
-
-def _halves_of(trace: ExitTrace, seed: int) -> tuple[Tensor, Tensor]:
-    """Row indices of two halves with the classes in proportion."""
-    strata = trace.labels if trace.labels is not None else torch.zeros(trace.rows, dtype=torch.int64)
-    one, other = stratified_split(strata, (0.5, 0.5), seed=seed)
-    return one, other
+    if certify is None and any(isinstance(target, Risk | Joint) for target in targets):
+        fit, certify = fit.split((0.5, 0.5))
+    pool = Pool(fit, test, torch.arange(test.rows), certify)
+    return compare_pools([pool], test.rows, costs, targets, families, metric=metric, progress=progress)
 
 
 def compare_pooled(
     pools: Sequence[Pool],
     rows: int,
     costs: CostModel,
-    target: Budget | ErrorRate | MaxDrop,
+    target: Target,
     families: Sequence[str],
     *,
     metric: str = "accuracy",
 ) -> tuple[Compared, ...]:
-    """Every family at one target over repeated splits of the same `rows` rows.
+    """Every family at one target over repeated splits of the same `rows` rows; see `compare_pools`."""
+    return compare_pools(pools, rows, costs, [target], families, metric=metric)
 
-    Each row's accuracy is its mean over the splits that tested it; the interval is over rows (normal, 95 %), so repeats
-    do not pass for new data.
+
+def compare_pools(
+    pools: Sequence[Pool],
+    rows: int,
+    costs: CostModel,
+    targets: Sequence[Target],
+    families: Sequence[str],
+    *,
+    metric: str = "accuracy",
+    progress: Callable[[], None] | None = None,
+) -> tuple[Compared, ...]:
+    """Every family at every target, in the targets' order, over splits of the same `rows` rows.
+
+    Each row's accuracy is its mean over the splits that tested it; intervals are over rows (Wilson's for one split,
+    normal for several), so repeats do not pass for new data.
+
+    Args:
+        progress: called after every family on every pool.
+
+    Raises:
+        DataError: test rows have no labels.
+        ValueRangeError: an unknown family.
     """
-    table = []
     for name in families:
-        found = [calibrate_choice(name, pool.fit, costs, target) for pool in pools]
-        outcomes = [simulate(c.policy, pool.test, costs) for c, pool in zip(found, pools, strict=True)]
-        right = torch.stack([_spread(o.right, pool.test_rows, rows) for o, pool in zip(outcomes, pools, strict=True)])
-        final = torch.stack([_spread(_last_right(pool.test), pool.test_rows, rows) for pool in pools])
-        per_row, plain = right.nanmean(dim=0), float(final.nanmean())
-        mean = float(per_row.nanmean())
-        half = 1.96 * float(per_row[~per_row.isnan()].std()) / rows**0.5
-        shares = torch.tensor([o.shares for o in outcomes], dtype=torch.float64).mean(dim=0)
-        statuses = {c.status for c in found}
-        table.append(
-            Compared(
-                name, str(target), statuses.pop() if len(statuses) == 1 else "mixed",
-                sum(c.achieved for c in found) / len(found), sum(o.cost for o in outcomes) / len(outcomes),
-                mean, mean - half, mean + half, plain, tuple(shares.tolist()), None, found[0].policy,
-                metric, *_pooled_metric(metric, pools, outcomes, (mean, mean - half, mean + half, plain)),
-            )
-        )  # fmt: skip
-    return tuple(table)
+        choice(name)
+    final = _mean_over(pools, rows, [(p.test.logits[-1].argmax(dim=-1) == _labels(p)).double() for p in pools])
+    sweeps = [Sweep(pool.test, costs) for pool in pools]
+    table: dict[tuple[str, int], tuple[Compared, Tensor]] = {}
+    for name in families:
+        found: list[list[tuple[Calibration, Said]]] = [[] for _ in targets]
+        for pool, sweep in zip(pools, sweeps, strict=True):
+            calibrator = calibrator_of(name, pool.fit, costs)
+            for place, target in enumerate(targets):
+                made = calibrator.to(target, pool.certify)
+                found[place].append((made, sweep(made.policy)))
+            if progress is not None:
+                progress()
+        for place, target in enumerate(targets):
+            table[name, place] = _judged(name, target, pools, rows, costs, found[place], final, metric)
+    return tuple(_with_difference(table, name, place) for place in range(len(targets)) for name in families)
 
 
-def _pooled_metric(
-    metric: str, pools: Sequence[Pool], outcomes: Sequence[Outcome], accuracy: tuple[float, float, float, float]
+def _judged(
+    name: str, target: Target, pools: Sequence[Pool], rows: int, costs: CostModel,
+    found: Sequence[tuple[Calibration, Said]], final: Tensor, metric: str,
+) -> tuple[Compared, Tensor]:  # fmt: skip
+    """(the row of the table, each row's accuracy, NaN where it was not tested)."""
+    right = [(said.said == _labels(pool)).double() for (_, said), pool in zip(found, pools, strict=True)]
+    per_row = _mean_over(pools, rows, right)
+    tested = ~per_row.isnan()
+    mean, plain = float(per_row[tested].mean()), float(final[tested].mean())
+    low, high = rate_interval(per_row[tested])
+    lost = sum(
+        float(((pool.test.logits[-1].argmax(dim=-1) == _labels(pool)) & (said.said != _labels(pool))).double().mean())
+        for (_, said), pool in zip(found, pools, strict=True)
+    ) / len(pools)
+    shares = tuple(torch.tensor([said.shares for _, said in found], dtype=torch.float64).mean(dim=0).tolist())
+    random = sum(random_accuracy(p.test, said.shares) for (_, said), p in zip(found, pools, strict=True))
+    oracles = [oracle_accuracy(p.test, costs, said.cost) for (_, said), p in zip(found, pools, strict=True)]
+    statuses = {made.status for made, _ in found}
+    alone = len(pools) == 1
+    first, said = found[0]
+    row = Compared(
+        name, str(target), statuses.pop() if len(statuses) == 1 else "mixed",
+        sum(made.achieved for made, _ in found) / len(found), sum(said.cost for _, said in found) / len(found),
+        mean, low, high, plain, shares,
+        drift(first, pools[0].fit, said, costs) if alone else None, first.policy,
+        metric, *_metric(metric, pools, [said for _, said in found], (mean, low, high, plain)),
+        regret=sum(oracles) / len(oracles) - mean,
+        random=random / len(pools),
+        lost=lost,
+        budget=target.fraction if isinstance(target, Budget) else None,
+    )  # fmt: skip
+    return row, per_row
+
+
+def _with_difference(table: dict[tuple[str, int], tuple[Compared, Tensor]], name: str, place: int) -> Compared:
+    row, per_row = table[name, place]
+    if (BASELINE, place) not in table:
+        return row
+    base = table[BASELINE, place][1]
+    both = ~per_row.isnan() & ~base.isnan()
+    mean, low, high = bootstrap_difference(per_row[both], base[both])
+    return replace(row, difference=mean, difference_low=low, difference_high=high)
+
+
+def _metric(
+    metric: str, pools: Sequence[Pool], found: Sequence[Said], accuracy: tuple[float, float, float, float]
 ) -> tuple[float, float, float, float]:
     """(mean, low, high, the last exit's mean) of a metric over pools."""
     if metric == "accuracy":
         return accuracy
     values, plain = [], []
-    for pool, outcome in zip(pools, outcomes, strict=True):
-        labels, classes = pool.test.known_labels("comparing policies"), pool.test.classes
-        values.append(metric_of(metric, outcome.answer.argmax(-1), labels, classes))
+    for pool, said in zip(pools, found, strict=True):
+        labels, classes = _labels(pool), pool.test.classes
+        values.append(metric_of(metric, said.said, labels, classes))
         plain.append(metric_of(metric, pool.test.logits[-1].argmax(-1), labels, classes))
     both = pools[:2]  # the two halves of one split: every row once
-    said = torch.cat([outcome.answer.argmax(-1) for outcome in outcomes[: len(both)]])
-    labels = torch.cat([pool.test.known_labels("comparing policies") for pool in both])
-    low, high = metric_interval(metric, said, labels, both[0].test.classes)
-    middle = metric_of(metric, said, labels, both[0].test.classes)
+    said_both = torch.cat([said.said for said in found[: len(both)]])
+    labels = torch.cat([_labels(pool) for pool in both])
+    low, high = metric_interval(metric, said_both, labels, both[0].test.classes)
+    middle = metric_of(metric, said_both, labels, both[0].test.classes)
     mean = sum(values) / len(values)
     return mean, mean + low - middle, mean + high - middle, sum(plain) / len(plain)
 
 
-def drift(calibration: Calibration, fit: ExitTrace, outcome: Outcome, costs: CostModel) -> str | None:
+def area(rows: Sequence[Compared]) -> float | None:
+    """The area under one family's frontier of accuracy over cost, divided by its width: a mean accuracy.
+
+    The frontier runs from the least to the greatest mean cost on the test rows; None with fewer than two costs.
+    """
+    points = sorted({(row.cost, row.accuracy) for row in rows})
+    if len(points) < 2 or points[-1][0] - points[0][0] < 1e-9:
+        return None
+    total = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(points))
+    return total / (points[-1][0] - points[0][0])
+
+
+def score_quality(policy: Policy, trace: ExitTrace) -> float | None:
+    """The mean over early exits of `quality.eefp` of the policy's own score, answers and exits being its own.
+
+    None where no exit has rows of both kinds.
+    """
+    walked = walk(policy, trace)
+    right = walked.answer.argmax(dim=-1) == trace.known_labels("failure prediction")
+    found = [eefp(walked.score[k], right, k) for k in range(len(walked.visited) - 1)]
+    known = [value for value in found if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def drift(calibration: Calibration, fit: ExitTrace, outcome: Outcome | Said, costs: CostModel) -> str | None:
     """A warning when the policy spends another amount on new rows than on those it was calibrated on, or None.
 
     The mean costs differ by more than 3 standard errors and by more than 2 %: the rows are of another kind, and what
@@ -272,11 +266,14 @@ def drift(calibration: Calibration, fit: ExitTrace, outcome: Outcome, costs: Cos
     )
 
 
-def _last_right(trace: ExitTrace) -> Bool[Tensor, "row"]:
-    return trace.logits[-1].argmax(dim=-1) == trace.known_labels("comparing policies")
+def _labels(pool: Pool) -> Tensor:
+    return pool.test.known_labels("comparing policies")
 
 
-def _spread(right: Bool[Tensor, "row"] | None, places: Tensor, rows: int) -> Float[Tensor, "all"]:
-    full = torch.full((rows,), float("nan"), dtype=torch.float64)
-    full[places] = right.double() if right is not None else float("nan")
-    return full
+def _mean_over(pools: Sequence[Pool], rows: int, values: Sequence[Tensor]) -> Float[Tensor, "all"]:
+    """Each row's mean over the pools that tested it; NaN where none did."""
+    total, times = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64)
+    for pool, value in zip(pools, values, strict=True):
+        total.index_add_(0, pool.test_rows, value)
+        times.index_add_(0, pool.test_rows, torch.ones_like(value))
+    return total / times  # 0/0 is NaN

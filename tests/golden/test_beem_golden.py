@@ -125,6 +125,76 @@ def test_quirk_of_the_bert_path_is_patience():
         assert len(count.exit.unique()) > 2
 
 
+def released_bert_path(row, patience: int, scale: float) -> tuple[int, float]:
+    """(exit, score there) as the released code for BERT has it: w_i = scale (i - 1), and the count decides."""
+    before, count, score = None, 0, 0.0
+    for k, (label, confidence) in enumerate(row):
+        if label == before:
+            count, score = count + 1, score + scale * k * confidence
+        else:
+            count, score = 0, 0.0
+        if count >= patience:
+            return k, score
+        before = label
+    return len(row) - 1, score
+
+
+def test_the_score_of_the_bert_path_is_dead():
+    """Labels 0 0 1 1 1 1 count 0 1 0 1 2 3. With w = 0, .1, .2, ... patience 2 leaves at exit 4 with a score of
+
+    .3 c + .4 c = .63 for c = .9 and .42 for c = .6: the count alone decides, as in PABEE. BEEM's own rule with the same
+    weights and the threshold .5 tells the two apart: .63 leaves at exit 4, .42 goes on to .42 + .5 * .6 = .72.
+    """
+    rows = [[(label, c) for label in (0, 0, 1, 1, 1, 1)] for c in (0.9, 0.6)]
+    assert [released_bert_path(r, 2, 0.1)[0] for r in rows] == [4, 4]
+    assert [released_bert_path(r, 2, 0.1)[1] for r in rows] == pytest.approx([0.63, 0.42])
+    made = [row(*r) for r in rows]
+    assert exits(Patience(2), *made) == [4, 4]
+    assert exits(BEEM(tuple(0.1 * k for k in range(6)), 0.5, reset="zero"), *made) == [4, 5]
+    # on any rows, whatever the weights
+    g = torch.Generator().manual_seed(1)
+    labels = torch.randint(2, (300, 6), generator=g).tolist()
+    confidences = (0.51 + 0.48 * torch.rand(300, 6, generator=g)).tolist()
+    rows = [list(zip(a, b, strict=True)) for a, b in zip(labels, confidences, strict=True)]
+    for patience in (1, 2, 3):
+        expected = exits(Patience(patience), *[row(*r) for r in rows])
+        assert len(set(expected)) > 2
+        for scale in (0.0, 0.1, 50.0):
+            assert [released_bert_path(r, patience, scale)[0] for r in rows] == expected
+
+
+def test_quirk_of_regression_the_count_of_agreements_decides():
+    """0, 1, 1.25, 1.5, 5 with tau 1/2 moves by 1, 1/4, 1/4, 3.5 and counts 0 0 1 2 0; 1/2 itself is no agreement."""
+    ones, flags = (1.0,) * 5, (True, False, True, True, True)
+    made = ExitTrace(torch.tensor([[0.0, 1.0, 1.25, 1.5, 5.0], [0.0, 0.5, 1.0, 0.75, 0.75]]).T[:, :, None])
+    costs = CostModel.from_costs((1, 2, 3, 4, 5))
+    score = walk(BEEM(ones, 99.0, "zero", None, "regression", 0.5), made).score.T.tolist()
+    assert score == [[0, 0, 1, 2, 0], [0, 0, 0, 1, 2]]
+    assert walk(Patience(99, None, "regression", 0.5), made).score.T.tolist() == score
+    for count, expected in ((0, [0, 0]), (1, [2, 3]), (2, [3, 4]), (3, [4, 4])):
+        by_score = simulate(BEEM(ones, float(count), "zero", None, "regression", 0.5), made, costs)
+        by_count = simulate(Patience(count, None, "regression", 0.5), made, costs)
+        assert by_score.exit.tolist() == by_count.exit.tolist() == expected
+    # own weights: each exit brings its weight, 1 2 (2 + 3) (5 + 4) 5
+    weights = (1.0, 2.0, 3.0, 4.0, 5.0)
+    walked = walk(BEEM(weights, 99.0, "own", None, "regression", 0.5), made)
+    assert walked.score[:, 0].tolist() == [1, 2, 5, 9, 5]
+    # without exit 1: 0 1.25 1.5 5 counts 0 0 1 0
+    assert walk(Patience(99, flags, "regression", 0.5), made).score[:, 0].tolist() == [0, 0, 1, 0]
+
+
+def test_sets_of_labels_agree_as_a_whole():
+    # logits of (.9, .2), (.8, .4), (.8, .6), (.9, .9): sets {0} {0} {0 1} {0 1}, so counts 0 1 0 1
+    # certainties: (.9 + .8)/2 = .85, (.8 + .6)/2 = .7, (.8 + .6)/2 = .7, .9; own: .85, 1.55, .7, 1.6
+    pairs = ((0.9, 0.2), (0.8, 0.4), (0.8, 0.6), (0.9, 0.9))
+    made = ExitTrace(torch.tensor([[[math.log(p / (1 - p)) for p in pair]] for pair in pairs]))
+    assert walk(Patience(9, None, "multilabel"), made).score[:, 0].tolist() == [0, 1, 0, 1]
+    assert scores(BEEM((1.0,) * 4, 99.0, "own", None, "multilabel"), made) == [0.85, 1.55, 0.7, 1.6]
+    assert scores(BEEM((1.0,) * 4, 99.0, "zero", None, "multilabel"), made) == [0.0, 0.7, 0.0, 0.9]
+    # by the most probable class alone all four would agree
+    assert walk(Patience(9), made).score[:3, 0].tolist() == [0, 1, 2]
+
+
 def test_every_row_decides_for_itself():
     # the released code asks whether all rows of the batch may leave; here each row leaves alone
     sure, unsure = row((0, 0.9), (0, 0.9), (0, 0.9)), row((0, 0.6), (1, 0.6), (0, 0.6))

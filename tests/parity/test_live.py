@@ -81,9 +81,11 @@ def policies(trace):
 
     cascade = Array(0.2 * torch.randn(EXITS, CLASSES, CLASSES, generator=generator))
     gates = Array(torch.randn(EXITS, 5, generator=generator))
-    still = {task: divergence(*trace.logits[1:3], "js", task).median().item() for task in ("classes", "multilabel")}
+    still = {
+        task: divergence(*trace.logits[1:3], "js", task).median().item() + 1e-3 for task in ("classes", "multilabel")
+    }
     quarters = torch.tensor([0.25, 0.5, 0.75])
-    edges = tuple(tuple(torch.quantile(p, quarters).tolist()) for p in max_prob(trace.logits))
+    edges = tuple(tuple(torch.quantile(p, quarters).add(0.003).tolist()) for p in max_prob(trace.logits))
     return {
         "max-prob": offramp.MaxProb(middle),
         "max-prob, one off": offramp.MaxProb(middle, enabled=off),

@@ -22,6 +22,7 @@ NAMES = [
         "measure",
         "calibrate",
         "compare",
+        "check",
         "predict",
         "report",
         "inspect",

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.artefacts import read_json
-from offramp.bundle.choice import PLAIN, Choice, plain_policy, read_choice, write_choice
+from offramp.bundle.choice import PLAIN, Choice, about_choice, plain_policy, read_choice, write_choice
 from offramp.bundle.files import compare, example_tensors, read_example, read_preprocess, read_tensors
 from offramp.bundle.model import BundledModel, decode_model, encode_model
 from offramp.bundle.store import Manifest, Write, read_manifest, write_store
@@ -194,9 +194,7 @@ class Bundle:
             "exits": self.model.exits,
             "taps": list(self.model.taps),
             "default": self.default,
-            "policies": {
-                name: {"shares": choice.shares, "tested": dict(choice.tested)} for name, choice in self.policies.items()
-            },
+            "policies": {name: about_choice(choice) for name, choice in self.policies.items()},
             "about": dict(self.about),
         }
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,7 +1,8 @@
 """The commands, the global options, and what becomes of errors.
 
-Exit codes: 0 ok, 1 an error that the message explains, 2 wrong usage, 3 a budget that cannot be met, 70 a mistake of
-Offramp's own, 130 interrupted, 141 the reader of standard output has gone.
+Exit codes: 0 ok, 1 an error that the message explains, 2 wrong usage, 3 a budget that cannot be met, 4 rows that have
+shifted, 5 too few rows to say, 70 a mistake of Offramp's own, 130 interrupted, 141 the reader of standard output has
+gone.
 """
 
 import os
@@ -13,7 +14,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from offramp.cli import answers, attaching, bundling, certainty, choosing, reporting, running, training
+from offramp.cli import (
+    answers,
+    attaching,
+    bundling,
+    certainty,
+    checking,
+    choosing,
+    comparing,
+    reporting,
+    running,
+    training,
+)
 from offramp.cli.show import note, set_quiet
 from offramp.errors import OfframpError
 
@@ -33,9 +45,10 @@ COMMANDS: dict[str, tuple[Any, str]] = {
         "offramp calibrate runs/reviews --policy beem-a --fraction 0.5",
     ),
     "compare": (
-        choosing.compare,
+        comparing.compare,
         "offramp compare runs/reviews --policies max-prob,beem-a --budgets 0.4,0.6",
     ),
+    "check": (checking.check, "offramp check reviews.offramp new.csv"),
     "predict": (answers.predict, "offramp predict reviews.offramp 'a film that stays with you'"),
     "report": (reporting.report, "offramp report runs/reviews --picture reviews.svg"),
     "inspect": (answers.inspect, "offramp inspect reviews.offramp"),
@@ -80,8 +93,8 @@ app = typer.Typer(
     cls=_Commands,
     help="Early exits for any PyTorch model that save measured time.",
     epilog="Examples: offramp quickstart | offramp train reviews.csv --model minilm --out runs/reviews. Exit codes: 0 "
-    "ok, 1 an error that the message explains, 2 wrong usage, 3 a budget that cannot be met, 70 a mistake of Offramp's "
-    "own, 130 interrupted.",
+    "ok, 1 an error that the message explains, 2 wrong usage, 3 a budget that cannot be met, 4 rows that have shifted, "
+    "5 too few rows to say, 70 a mistake of Offramp's own, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

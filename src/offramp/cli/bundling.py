@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offramp.cli.opening import Opened, run_as_bundle
-from offramp.cli.options import DataOption, DeviceOption, JsonOption, RunArgument, device_of, read_policy, usage
+from offramp.cli.opening import Opened, choice_of, fit_trace, run_as_bundle
+from offramp.cli.options import DataOption, DeviceOption, JsonOption, RunArgument, device_of, usage
 from offramp.cli.show import note, percent, result
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def create(
     training code nor the data.
     """
     opened = run_as_bundle(run, data, device)
-    bundle = _with(opened.bundle, policy, default, title)
+    bundle = _with(run, opened.bundle, policy, default, title)
     tested = _tested(run, bundle)
     if timing and bundle.policies and default is None:
         bundle = _timed(opened, bundle, tested, batch_size)
@@ -88,7 +88,7 @@ def verify(
     )  # fmt: skip
 
 
-def _with(bundle: "Bundle", policy: list[str] | None, default: str | None, title: str | None) -> "Bundle":
+def _with(run: Path, bundle: "Bundle", policy: list[str] | None, default: str | None, title: str | None) -> "Bundle":
     """The bundle with the policies that were asked for."""
     from dataclasses import replace
 
@@ -101,8 +101,7 @@ def _with(bundle: "Bundle", policy: list[str] | None, default: str | None, title
             if name in bundle.policies:
                 policies[name] = bundle.policies[name]
             elif Path(name).suffix == ".json":
-                chosen, calibration = read_policy(Path(name))
-                policies[Path(name).stem] = Choice(chosen, calibration)
+                policies[Path(name).stem] = choice_of(Path(name), fit_trace(run, bundle.model.exits))
             else:
                 known = ", ".join(bundle.policies) or "none"
                 raise usage(f"--policy is {name!r}; the run has {known}. Give one of them, or a .json file.")

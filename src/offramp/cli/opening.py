@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from offramp.bundle import Bundle, Choice
     from offramp.jobs import Job
     from offramp.runtime import Runtime
+    from offramp.trace import ExitTrace
 
-__all__ = ["Opened", "choices_of", "chosen", "is_bundle", "open_target", "run_as_bundle"]
+__all__ = [
+    "Opened", "choice_of", "choices_of", "chosen", "fit_trace", "is_bundle", "open_target", "run_as_bundle",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,22 +79,32 @@ def run_as_bundle(run: Path, data: Path | None, device: str) -> Opened:
 
 
 def choices_of(run: Path, costs: Any, exits: int) -> "dict[str, Choice]":
-    """The policies of a run by name, with the exit shares on its calibration rows where these are recorded."""
+    """The policies of a run by name, with what its calibration rows look like to them where these are recorded."""
+    from offramp.runs import policies_folder
+
+    paths = sorted(policies_folder(run).glob("*.json")) if policies_folder(run).is_dir() else []
+    trace = fit_trace(run, exits) if paths and costs is not None else None
+    return {path.stem: choice_of(path, trace) for path in paths}
+
+
+def choice_of(path: Path, trace: "ExitTrace | None") -> "Choice":
+    """The policy in a file, with what calibration rows look like to it where these are given."""
     from offramp.bundle import Choice
-    from offramp.runs import held_out, policies_folder, trace_path
-    from offramp.simulate import simulate
+    from offramp.check import reference
+
+    policy, calibration = read_policy(path)
+    known = None if trace is None else reference(policy, trace)
+    return Choice(policy, calibration, None if known is None else known.shares, reference=known)
+
+
+def fit_trace(run: Path, exits: int) -> "ExitTrace | None":
+    """What every exit says about the calibration rows of a run, or None when that is not recorded."""
+    from offramp.runs import held_out, trace_path
     from offramp.trace import ExitTrace
 
-    found: dict[str, Choice] = {}
-    paths = sorted(policies_folder(run).glob("*.json")) if policies_folder(run).is_dir() else []
-    trace = None
-    if paths and costs is not None and trace_path(run, held_out(run)[0]).is_file():
-        trace = ExitTrace.load(trace_path(run, held_out(run)[0]))
-    for path in paths:
-        policy, calibration = read_policy(path)
-        shares = simulate(policy, trace, costs).shares if trace is not None and trace.exits == exits else None
-        found[path.stem] = Choice(policy, calibration, shares)
-    return found
+    path = trace_path(run, held_out(run)[0])
+    trace = ExitTrace.load(path) if path.is_file() else None
+    return trace if trace is not None and trace.exits == exits else None
 
 
 def chosen(

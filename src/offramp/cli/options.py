@@ -26,6 +26,9 @@ __all__ = [
     "LimitOption",
     "Loss",
     "Metric",
+    "Prefer",
+    "RiskLoss",
+    "RiskMethod",
     "RunArgument",
     "SeedOption",
     "Task",
@@ -85,6 +88,31 @@ class Metric(StrEnum):
     accuracy = "accuracy"
     balanced_accuracy = "balanced-accuracy"
     macro_f1 = "macro-f1"
+
+
+class RiskLoss(StrEnum):
+    """Losses of `offramp.calibrate.Risk`."""
+
+    drop = "drop"
+    disagreement = "disagreement"
+    signed_drop = "signed drop"
+
+
+class RiskMethod(StrEnum):
+    """Methods of `offramp.calibrate.Risk`."""
+
+    auto = "auto"
+    ltt = "ltt"
+    betting = "betting"
+    crc = "crc"
+    plain = "plain"
+
+
+class Prefer(StrEnum):
+    """What `offramp.calibrate.Joint` prefers."""
+
+    cheapest = "cheapest"
+    safest = "safest"
 
 
 class Loss(StrEnum):

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offramp.cli.choosing import budgets_of, families_of, place_of
 from offramp.cli.options import DataOption, JsonOption, Metric, RunArgument, SeedOption, check_out, whole_numbers
 from offramp.cli.show import is_quiet, line, note, percent, percents, result, table
+from offramp.cli.targets import budgets_of, families_of, place_of
 from offramp.errors import DataError, MissingExtra
 
 if TYPE_CHECKING:
-    from offramp.cli.choosing import Place
     from offramp.cli.opening import Opened
+    from offramp.cli.targets import Place
     from offramp.compare import Compared
     from offramp.cost import CostModel
     from offramp.report import Example, Report, Shown
@@ -134,23 +134,21 @@ def _curve(
     metric: str, repeats: int, seed: int,
 ) -> "list[Compared]":  # fmt: skip
     """Every family at every budget, on rows that it was not calibrated on."""
-    from offramp.compare import compare, compare_pooled, halves
+    import torch
+
+    from offramp.compare import compare_pools
     from offramp.cost import Budget
     from offramp.meter import Meter
+    from offramp.pools import Pool, halves
     from offramp.trace import ExitTrace
 
-    found: list[Compared] = []
     test = None if place.test is None else ExitTrace.load(place.test)
-    pools = halves(fit, repeats, seed=seed) if test is None else ()
-    with Meter("comparing", len(families) * len(fractions), show=not is_quiet()) as meter:
-        for budget in (Budget(fraction=fraction) for fraction in fractions):
-            for name in families:
-                if test is not None:
-                    found += compare(fit, test, costs, [budget], [name], metric=metric)
-                else:
-                    found += compare_pooled(pools, fit.rows, costs, budget, [name], metric=metric)
-                meter.advance()
-    return found
+    pools = [Pool(fit, test, torch.arange(test.rows))] if test is not None else halves(fit, repeats, seed=seed)
+    budgets = [Budget(fraction=fraction) for fraction in fractions]
+    with Meter("comparing", len(families) * len(pools), show=not is_quiet()) as meter:
+        return list(
+            compare_pools(pools, (test or fit).rows, costs, budgets, families, metric=metric, progress=meter.advance)
+        )
 
 
 def _shown(
@@ -158,7 +156,7 @@ def _shown(
     families: tuple[str, ...], fraction: float, metric: str, repeats: int, seed: int,
 ) -> "tuple[list[Shown], dict[str, Any]]":  # fmt: skip
     """(policies for the page, the same by name for timing): the run's own, or every family at one budget."""
-    from offramp.compare import calibrate_choice
+    from offramp.choices import calibrate_choice
     from offramp.cost import Budget
     from offramp.report import Shown, shown_of
 
@@ -202,7 +200,7 @@ def _shown(
 
 def _family(name: str, families: tuple[str, ...]) -> str:
     """The family that a policy's name begins with."""
-    from offramp.compare import CHOICES
+    from offramp.choices import CHOICES
 
     return next((family for family in CHOICES if name.startswith(family)), name)
 

@@ -93,6 +93,7 @@ def compared_rows(rows: Iterable[Any]) -> list[dict[str, Any]]:
 def compared(rows: Sequence[Any], title: str) -> None:
     """Nothing; rows of `offramp.compare` are on standard output as a table, its warnings on standard error."""
     other = bool(rows) and rows[0].metric != "accuracy"
+    versus = any(row.difference is not None for row in rows)
     table(
         title,
         (
@@ -103,6 +104,7 @@ def compared(rows: Sequence[Any], title: str) -> None:
             "accuracy",
             "95 % interval",
             "plain",
+            *(("less max-prob",) if versus else ()),
             *((rows[0].metric, "95 % interval", "plain") if other else ()),
             "left at each exit",
         ),
@@ -115,6 +117,7 @@ def compared(rows: Sequence[Any], title: str) -> None:
                 percent(row.accuracy),
                 f"{100 * row.low:.1f} to {100 * row.high:.1f}",
                 percent(row.plain),
+                *((_difference(row),) if versus else ()),
                 *(
                     (
                         percent(row.value),
@@ -131,3 +134,12 @@ def compared(rows: Sequence[Any], title: str) -> None:
     )
     for text in dict.fromkeys(f"{row.family}: {row.warning}" for row in rows if row.warning):
         note(f"warning: {text}")
+
+
+def _difference(row: Any) -> str:
+    """The difference to max-prob in points, with its interval; a star where it is beyond noise."""
+    if row.difference is None:
+        return ""
+    star = "*" if row.difference_low > 0 or row.difference_high < 0 else " "
+    low, high = 100 * row.difference_low, 100 * row.difference_high
+    return f"{100 * row.difference:+.2f} ({low:+.2f} to {high:+.2f}){star}"

@@ -11,6 +11,11 @@ FAMILIES = {
     "beem-c": "#E69F00",
     "beem-a": "#D55E00",
     "eenet": "#009E73",
+    "stopping": "#CC3366",
+    "msdnet": "#6A51A3",
+    "ztw": "#B8860B",
+    "fixed": "#B0B0B0",
+    "jei-dnn": "#7A5195",
 }
 OTHERS = ("#CC79A7", "#7A5195", "#B8860B")
 

@@ -14,7 +14,7 @@ from offramp.errors import MissingExtra
 from offramp.report.colours import colour_of, shades
 from offramp.report.value import Example, Report
 
-__all__ = ["to_html", "write_html"]
+__all__ = ["as_script", "plotly_script", "to_html", "write_html"]
 
 
 def to_html(report: Report) -> str:
@@ -36,8 +36,8 @@ def to_html(report: Report) -> str:
         title=escape(report.title),
         body=_hero(report) + "".join(section(report) for section in sections),
         footer=escape(_footer(report)),
-        data=_as_script(value),
-        plotly=_plotly(),
+        data=as_script(value),
+        plotly=plotly_script(),
     )
 
 
@@ -51,14 +51,19 @@ def write_html(report: Report, path: str | Path) -> Path:
     return write_atomically(path, write)
 
 
-def _as_script(value: object) -> str:
+def as_script(value: object) -> str:
     """JSON that no text in it can end."""
     text = json.dumps(value, allow_nan=False, ensure_ascii=True)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 @cache
-def _plotly() -> str:
+def plotly_script() -> str:
+    """plotly's script, packed by gzip and written in base64.
+
+    Raises:
+        MissingExtra: plotly is not installed.
+    """
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:

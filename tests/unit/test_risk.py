@@ -1,0 +1,369 @@
+"""Risks as targets: what is certified, what the sentence says, and that promises hold on new rows."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import one_hot
+
+from offramp.calibrate import Calibration, Calibrator, EENetFit, Joint, Options, Promise, Risk, calibrate
+from offramp.calibrate.risk import certified, losses_of, needed_rows, promise_of
+from offramp.compare import CHOICES
+from offramp.cost import Budget, CostModel
+from offramp.errors import DataError, ShapeError, ValueRangeError
+from offramp.policies import EENet, MaxProb, visits
+from offramp.simulate import simulate
+from offramp.sweep import Said, Sweep
+from offramp.trace import ExitTrace
+
+
+def synthetic(exits: int, classes: int, rows: int = 1000, seed: int = 0, scale: float = 1.0) -> ExitTrace:
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (rows,), generator=g)
+    grow = torch.linspace(1, 3, exits)[:, None, None]
+    logits = torch.randn(exits, rows, classes, generator=g) + grow * one_hot(labels, classes)
+    return ExitTrace(scale * logits, labels=labels, ids=tuple(str(i) for i in range(rows)))
+
+
+def even(exits: int) -> CostModel:
+    return CostModel.from_costs([(k + 1) / exits for k in range(exits)])
+
+
+def counts(losses: list[int], rows: int) -> torch.Tensor:
+    """One policy per count, the lost rows spread out."""
+    return torch.stack([(torch.arange(rows) * 7919 % rows < c).float() for c in losses])
+
+
+# --- what may be asked ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epsilon": -0.01}, "epsilon is -0.01; expected a number from 0 to 1"),
+        ({"epsilon": 1.0}, "epsilon is 1.0"),
+        ({"epsilon": float("nan")}, "epsilon is nan"),
+        ({"epsilon": 0.1, "delta": 0}, "delta is 0; expected a number above 0 to 1"),
+        ({"epsilon": 0.1, "delta": 1.0}, "delta is 1.0"),
+        ({"epsilon": 0.1, "loss": "signed drop", "method": "ltt"}, "'ltt' is not valid for a signed drop; use 'betting'"),
+        ({"epsilon": 0.1, "loss": "signed drop", "method": "crc"}, "'crc' is not valid for a signed drop"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_risks_are_checked(settings, message):
+    with pytest.raises(ValueRangeError, match=message):
+        Risk(**settings)
+
+
+def test_joints_are_checked():
+    for method in ("crc", "plain"):
+        with pytest.raises(ValueRangeError, match=f"'{method}' has no bound for one policy; use 'ltt' or 'betting'"):
+            Joint(Risk(0.1, method=method), Budget(fraction=0.5), "safest")
+        assert Joint(Risk(0.1, method=method), Budget(fraction=0.5)).prefer == "cheapest"
+
+
+def test_unknown_names_from_a_file_are_refused(tmp_path):
+    made = calibrate(MaxProb, synthetic(3, 4, 60), even(3), Risk(0.2))
+    for field, bad in (("loss", "damage"), ("method", "luck"), ("epsilon", -1), ("delta", 0)):
+        path = made.save(tmp_path / "c.json")
+        text = path.read_text()
+        value = getattr(made.target, field)
+        asked, changed = (f'"{field}": {json_of(v)}' for v in (value, bad))
+        assert asked in text
+        path.write_text(text.replace(asked, changed))
+        with pytest.raises(ValueRangeError if False else Exception, match=f"{field} is {bad!r}"):
+            Calibration.load(path)
+
+
+def json_of(value) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def test_auto_is_ltt_but_for_signed_losses_and_prints_so():
+    assert Risk(0.01).used == Risk(0.01, loss="disagreement").used == "ltt"
+    assert Risk(0.01, loss="signed drop").used == "betting"
+    assert (Risk(0.01).least, Risk(0.01, loss="signed drop").least) == (0.0, -1.0)
+    assert str(Risk(0.01)) == "drop at most 1 %, with 90 % confidence"
+    assert str(Risk(0.01, method="crc")) == "drop at most 1 %, in the mean"
+    assert "certify rows only" in str(Risk(0.01, method="plain"))
+    assert str(Joint(Risk(0.01), Budget(fraction=0.5))).startswith("cheapest with drop at most 1 %")
+
+
+# --- what is certified ---
+
+
+def test_the_last_policy_that_was_certified_is_given_not_the_first_that_was_not():
+    # of 1000 rows 6 may be lost at 1 % and 10 %: P(Bin(1000, .01) <= 6) = 0.1289, <= 5 is 0.0661
+    risk = Risk(0.01)
+    assert certified(counts([0, 2, 5, 6, 9], 1000), risk) == 2
+    assert certified(counts([0, 2, 5], 1000), risk) == 2
+    assert certified(counts([6, 0, 0], 1000), risk) == -1
+    assert certified(counts([0], 1000), risk) == 0
+
+
+@pytest.mark.parametrize("method", ["ltt", "betting", "plain", "crc"])
+def test_what_comes_after_the_first_failure_is_not_looked_at(method):
+    losses = counts([0, 1, 900, 0, 0], 1000)
+    assert certified(losses, Risk(0.05, method=method)) == 1
+
+
+@pytest.mark.parametrize("method", ["ltt", "betting"])
+def test_losses_between_0_and_1_and_signed_ones(method):
+    half = 0.5 * counts([0, 40, 100, 300], 1000)
+    place = certified(half, Risk(0.06, method=method))
+    assert place == 2  # 5 % of 6 % at 1000 rows is too near for an exact test, not at these losses' variance
+    signed = counts([0, 0, 0], 1000)
+    signed[1, :300], signed[2, :100] = -1.0, 1.0
+    assert certified(signed, Risk(0.02, loss="signed drop")) == 1
+
+
+def test_conformal_risk_control_by_hand():
+    # 99 rows: R <= (100 eps - 1) / 99, so at 0.05 at most 4 rows
+    risk = Risk(0.05, method="crc")
+    assert certified(counts([0, 3, 4, 5], 99), risk) == 2
+    # rows lost at one place stay lost: 3 and 3 others are 6, though each policy alone loses 3
+    rows = torch.zeros(3, 99)
+    rows[1, :3], rows[2, 3:6] = 1.0, 1.0
+    assert certified(rows, risk) == 1
+    assert certified(counts([0], 18), risk) == -1  # (19 eps - 1) / 18 < 0
+    assert certified(counts([0], 19), risk) == 0
+    assert needed_rows(0.0, risk) == 19
+
+
+def test_plain_is_the_mean_alone():
+    assert certified(counts([0, 1, 2, 3], 20), Risk(0.1, method="plain")) == 2
+    assert certified(counts([0, 0, 1], 20), Risk(0.0, method="plain")) == 1
+
+
+@pytest.mark.parametrize("method", ["ltt", "betting", "crc"])
+def test_no_loss_at_all_cannot_be_promised(method):
+    assert certified(torch.zeros(4, 100_000), Risk(0.0, method=method)) == -1
+
+
+def test_losses_by_hand():
+    # full model: 0 0 1 1, labels: 0 1 1 0
+    full = torch.eye(2)[[0, 0, 1, 1]]
+    trace = ExitTrace(torch.stack([full, full]), labels=torch.tensor([0, 1, 1, 0]))
+
+    def said(*answers: int) -> Said:
+        return Said(torch.zeros(4, dtype=torch.int64), torch.tensor(answers), (1.0, 0.0), 0.5)
+
+    policies = [said(0, 0, 1, 1), said(1, 1, 1, 0), said(1, 1, 0, 1)]
+    assert losses_of(policies, trace, "drop").tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 1, 0]]
+    assert losses_of(policies, trace, "signed drop").tolist() == [[0, 0, 0, 0], [1, -1, 0, -1], [1, -1, 1, 0]]
+    expected = [[0, 0, 0, 0], [1, 1, 0, 1], [1, 1, 1, 0]]
+    assert losses_of(policies, trace, "disagreement").tolist() == expected
+    bare = ExitTrace(trace.logits)
+    assert losses_of(policies, bare, "disagreement").tolist() == expected
+    for loss in ("drop", "signed drop"):
+        with pytest.raises(DataError, match=f"the loss '{loss}' needs labels"):
+            losses_of(policies, bare, loss)
+
+
+# --- end to end ---
+
+FIT, CERTIFY, COSTS = synthetic(4, 5, 1000), synthetic(4, 5, 2000, seed=1), even(4)
+RISKS = [
+    Risk(0.03), Risk(0.05, 0.01), Risk(0.05, loss="disagreement"), Risk(0.05, method="betting"),
+    Risk(0.03, loss="signed drop"), Risk(0.03, method="crc"), Risk(0.03, method="plain"),
+]  # fmt: skip
+
+
+def losses_at(policy, trace: ExitTrace, loss: str) -> torch.Tensor:
+    return losses_of([Sweep(trace, COSTS)(policy)], trace, loss)[0]
+
+
+@pytest.mark.parametrize("risk", RISKS, ids=str)
+def test_a_risk_is_met_and_said(risk):
+    made = calibrate(MaxProb, FIT, COSTS, risk, certify=CERTIFY)
+    promise = made.promise
+    assert (made.status, made.rows, made.target) == ("met", 1000, risk)
+    assert 0.25 <= made.achieved < 1
+    assert made.achieved == pytest.approx(simulate(made.policy, CERTIFY, COSTS).cost)
+    assert (promise.loss, promise.method, promise.rows) == (risk.loss, risk.used, 2000)
+    assert promise.observed == pytest.approx(float(losses_at(made.policy, CERTIFY, risk.loss).mean()), abs=1e-6)
+    assert promise.observed <= risk.epsilon == promise.epsilon
+    assert promise.needed is None
+    said = f"{risk.loss} of at most {100 * risk.epsilon:.3g} % is promised"
+    if risk.used == "plain":
+        assert "Nothing is promised for new rows" in made.message
+    elif risk.used == "crc":
+        assert f"{said} in the mean" in made.message
+        assert (promise.delta, promise.bound) == (0.0, None)
+    else:
+        assert f"{said} with {100 * (1 - risk.delta):g} % confidence" in made.message
+        assert promise.delta == risk.delta
+        assert promise.observed < promise.bound <= risk.epsilon + 1e-9
+
+
+def test_a_smaller_risk_costs_more():
+    calibrator = Calibrator(MaxProb, FIT, COSTS)
+    costs = [calibrator.to(Risk(e), CERTIFY).achieved for e in (0.005, 0.02, 0.05, 0.2)]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] > costs[-1]
+    assert calibrator.to(Risk(0.02, 0.3), CERTIFY).achieved <= calibrator.to(Risk(0.02, 0.01), CERTIFY).achieved
+
+
+def test_too_few_rows_say_how_many_are_needed():
+    for loss in ("drop", "disagreement", "signed drop"):
+        made = calibrate(MaxProb, FIT, COSTS, Risk(0.01, loss=loss), certify=synthetic(4, 5, 10, seed=1))
+        assert made.status == "infeasible"
+        assert "10 certify rows are too few: even without any loss 230 are needed" in made.message
+        assert visits(made.policy, 4) == (3,)
+        assert made.achieved == 1.0
+        assert (made.promise.rows, made.promise.bound, made.promise.delta) == (10, None, 0.0)
+
+
+def test_one_row_fewer_than_needed_and_as_many():
+    sure = ExitTrace((5 * one_hot(torch.arange(230) % 3, 3)).float().expand(4, -1, -1), labels=torch.arange(230) % 3)
+    assert calibrate(MaxProb, FIT_3, COSTS, Risk(0.01), certify=sure).status == "met"
+    short = calibrate(MaxProb, FIT_3, COSTS, Risk(0.01), certify=sure.select(torch.arange(229)))
+    assert short.status == "infeasible"
+    assert "229 certify rows are too few: even without any loss 230" in short.message
+
+
+FIT_3 = synthetic(4, 3, 500)
+
+
+def test_a_risk_of_nothing_is_infeasible():
+    made = calibrate(MaxProb, FIT, COSTS, Risk(0.0), certify=CERTIFY)
+    assert made.status == "infeasible"
+    assert "no number of rows can show that" in made.message
+    assert visits(made.policy, 4) == (3,)
+
+
+def test_a_family_that_always_loses_says_so():
+    labels = torch.arange(600) % 2
+    wrong, right = 6.0 * one_hot(1 - labels, 2), 5.0 * one_hot(labels, 2)
+    made = calibrate(MaxProb, ExitTrace(torch.stack([wrong, right]), labels=labels), even(2), Risk(0.05))
+    assert made.status == "best_effort"
+    assert "the safest policy already loses 100.00 % of 300 certify rows; more rows would not help" in made.message
+    assert simulate(made.policy, FIT_2, even(2)).shares == (0.0, 1.0)
+
+
+FIT_2 = synthetic(2, 2, 50)
+
+
+def test_without_certify_rows_the_trace_is_halved():
+    whole = synthetic(4, 5, 1200, seed=4)
+    fit, certify = whole.split((0.5, 0.5))
+    assert not set(fit.ids) & set(certify.ids)
+    assert len(fit.ids) + len(certify.ids) == 1200
+    made = calibrate(MaxProb, whole, COSTS, Risk(0.05))
+    assert made == calibrate(MaxProb, fit, COSTS, Risk(0.05), certify=certify)
+    assert made.rows + made.promise.rows == 1200
+
+
+def test_certify_rows_of_another_model_are_refused():
+    with pytest.raises(ShapeError, match="4 exits"):
+        calibrate(MaxProb, FIT, COSTS, Risk(0.05), certify=synthetic(3, 5, 100))
+    with pytest.raises(ShapeError, match="give certify="):
+        Calibrator(MaxProb, FIT, COSTS).to(Risk(0.05))
+
+
+@pytest.mark.parametrize("way", sorted(set(CHOICES) - {"berxit"}))
+def test_every_family_can_be_given_a_risk(way):
+    family, options = CHOICES[way]
+    options = {**options, "fit": EENetFit(steps=20)} if family is EENet else options
+    fit, certify, costs = synthetic(3, 3, 200), synthetic(3, 3, 600, seed=1), even(3)
+    calibrator = Calibrator(family, fit, costs, Options(**options))
+    made = calibrator.to(Risk(0.15, loss="disagreement"), certify)
+    # fixed and voting have few steps, and the first may lose too much
+    assert made.status == "met" or way in ("fixed", "voting", "patience", "f-pabee")
+    assert made.promise.observed <= 0.15
+    outcome = simulate(made.policy, certify, costs)
+    assert made.achieved == pytest.approx(outcome.cost)
+    path = calibrator.path()
+    spent = [calibrator.spent(policy, Budget(fraction=1.0)) for policy in path]
+    assert all(after <= before + 1e-9 for before, after in zip(spent, spent[1:], strict=False))
+    assert spent[0] == 1.0
+    assert spent[-1] == pytest.approx(2 / 3 if way == "voting" else 1 / 3)
+    assert visits(path[0], 3) == (2,)
+    assert made.policy in path
+
+
+# --- both at once ---
+
+
+def test_the_cheapest_within_both():
+    alone = calibrate(MaxProb, FIT, COSTS, Risk(0.05), certify=CERTIFY)
+    spent = simulate(alone.policy, FIT, COSTS).cost
+    for share, status in ((1.01, "met"), (0.99, "best_effort")):
+        made = calibrate(MaxProb, FIT, COSTS, Joint(Risk(0.05), Budget(fraction=share * spent)), certify=CERTIFY)
+        assert (made.policy, made.promise, made.status) == (alone.policy, alone.promise, status)
+        assert made.achieved == pytest.approx(spent)
+        assert ("more than there is" in made.message) == (status == "best_effort")
+        assert made.message.startswith(alone.message)
+    few = calibrate(MaxProb, FIT, COSTS, Joint(Risk(0.01), Budget(fraction=0.5)), certify=synthetic(4, 5, 10))
+    assert few.status == "infeasible"
+
+
+@pytest.mark.parametrize("loss", ["drop", "signed drop"])
+def test_the_safest_within_a_budget(loss):
+    plain = calibrate(MaxProb, FIT, COSTS, Budget(fraction=0.8))
+    losses = losses_at(plain.policy, CERTIFY, loss)
+    bound = promise_of(losses, Risk(0.5, loss=loss)).bound
+    for epsilon, status in ((bound * 1.05, "met"), (bound * 0.95, "best_effort")):
+        target = Joint(Risk(epsilon, loss=loss), Budget(fraction=0.8), "safest")
+        made = calibrate(MaxProb, FIT, COSTS, target, certify=CERTIFY)
+        assert (made.policy, made.achieved, made.status) == (plain.policy, plain.achieved, status)
+        assert made.promise.epsilon == made.promise.bound == pytest.approx(bound)
+        assert ("above the" in made.message) == (status == "best_effort")
+    target = Joint(Risk(0.05, loss=loss), Budget(fraction=0.1), "safest")
+    made = calibrate(MaxProb, FIT, COSTS, target, certify=CERTIFY)
+    assert (made.status, made.promise) == ("infeasible", None)
+
+
+def test_files_keep_risk_and_promise(tmp_path):
+    targets = [
+        *RISKS,
+        Risk(0.0),
+        *(Joint(Risk(0.04), Budget(fraction=0.7), prefer) for prefer in ("cheapest", "safest")),
+    ]
+    calibrator = Calibrator(MaxProb, FIT, COSTS)
+    for target in targets:
+        made = calibrator.to(target, CERTIFY)
+        again = Calibration.load(made.save(tmp_path / "c.json"))
+        assert again == made
+        assert isinstance(again.promise, Promise)
+        assert replace(again.promise) == made.promise
+
+
+# --- a promise holds: certify rows drawn again and again from a pool whose risk is known ---
+
+DRAWS, ROWS, POOL = 300, 1000, 20_000
+
+
+def pool_losses(loss: str) -> torch.Tensor:
+    """Losses of policies fixed beforehand, thresholds falling from one that keeps every row."""
+    pool = synthetic(4, 5, POOL, seed=7)
+    sweep = Sweep(pool, COSTS)
+    thresholds = [2.0, *torch.linspace(0.99, 0.3, 100).tolist()]
+    return losses_of([sweep(MaxProb((t,) * 4)) for t in thresholds], pool, loss)
+
+
+@pytest.mark.parametrize(
+    ("loss", "method"),
+    [("drop", "ltt"), ("disagreement", "ltt"), ("drop", "betting"), ("signed drop", "betting"), ("drop", "crc"), ("drop", "plain")],
+)  # fmt: skip
+def test_a_promise_holds(loss, method):
+    risk = Risk(0.03, 0.1, loss, method)
+    losses = pool_losses(loss)
+    true = losses.double().mean(dim=1)
+    assert true[0] <= 0.0
+    assert true[-1] > 2 * risk.epsilon
+    g = torch.Generator().manual_seed(11)
+    found = []
+    for _ in range(DRAWS):
+        place = certified(losses[:, torch.randint(POOL, (ROWS,), generator=g)], risk)
+        found.append(float(true[max(0, place)]))
+    risks = torch.tensor(found, dtype=torch.float64)
+    failed = float((risks > risk.epsilon).double().mean())
+    if method == "crc":
+        assert float(risks.mean()) <= risk.epsilon + 3 * float(risks.std()) / math.sqrt(DRAWS)
+    elif method == "plain":
+        assert failed > 0.25
+    else:
+        assert failed <= risk.delta + 3 * math.sqrt(risk.delta * (1 - risk.delta) / DRAWS)
+        assert float(risks.mean()) > risk.epsilon / 3  # nor is it kept by letting nobody leave
