@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         Patience,
         Policy,
         Step,
+        Stopping,
         Voting,
         dumps,
         loads,
@@ -124,6 +125,7 @@ __all__ = [
     "SelfDistill",
     "ShapeError",
     "Step",
+    "Stopping",
     "TokenHead",
     "TrainReport",
     "TwoStage",
@@ -162,7 +164,7 @@ _MODULES = {
     "objectives": "DepthWeighted Distill EENetLoss FinalOnly SelfDistill TwoStage Uniform",
     "policies": (
         "AccuracyBins BEEM BERxiT EENet EERO Entropy Evidence FPABEE Fixed JEIDNN MSDNet Margin MaxProb PCEE Patience "
-        "Policy Step Voting ZTW dumps loads"
+        "Policy Step Stopping Voting ZTW dumps loads"
     ),
     "recipe": "Recipe TrainReport",
     "record": "record",

@@ -21,6 +21,7 @@ from offramp.policies import (
     MaxProb,
     MSDNet,
     Patience,
+    Stopping,
     Voting,
 )
 from offramp.trace import ExitTrace
@@ -46,6 +47,7 @@ CHOICES: dict[str, tuple[Any, dict[str, Any]]] = {
     "accuracy-bins": (AccuracyBins, {}),
     "eero": (EERO, {}),
     "fixed": (Fixed, {}),
+    "stopping": (Stopping, {}),
 }
 
 

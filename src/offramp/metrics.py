@@ -1,7 +1,8 @@
 """Metrics of answers, intervals, and which rows lie so near a decision that another engine may decide otherwise."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from offramp.errors import ValueRangeError
 from offramp.policies.base import Policy, at_exit
-from offramp.policies.patience import Patience
+from offramp.policies.bins import AccuracyBins
 from offramp.simulate import Outcome, walk
 from offramp.trace import ExitTrace
 
@@ -139,20 +140,31 @@ def bootstrap_difference(
     return float(values @ counts.double() / rows), low, high
 
 
-def near_decision(policy: Policy, trace: ExitTrace, outcome: Outcome, tolerance: float = 1e-5) -> Bool[Tensor, "row"]:
+def near_decision(
+    policy: Policy, trace: ExitTrace, outcome: Outcome, tolerance: float = 1e-5, *, shakes: int = 8, seed: int = 0
+) -> Bool[Tensor, "row"]:
     """Where rounding could flip a decision: at an exit up to the one taken, the score lies within `tolerance` of its
     threshold, or the two largest logits do (agreement and patience flip on ties).
 
-    Patience counts in whole numbers, which rounding alone cannot change: only its ties matter.
+    Counts and bins reach their thresholds exactly, and what rounding can change there lies before the score. So for
+    policies without free scores the logits (and signals) are shaken by noise of that size instead, `shakes` times.
     """
-    walked = walk(policy, trace)
     near = torch.zeros(trace.rows, dtype=torch.bool)
-    thresholds = None if isinstance(policy, Patience) else getattr(policy, "thresholds", None)
+    thresholds: Any = getattr(policy, "thresholds", None)
+    free = not isinstance(policy, AccuracyBins) and "thresholds" in getattr(policy, "__dataclass_fields__", {})
+    walked = walk(policy, trace)
     for index, k in enumerate(walked.visited):
         reached = outcome.exit >= k
         if trace.classes > 1:
             top = trace.logits[k].topk(2, dim=-1).values
             near |= reached & (top[:, 0] - top[:, 1] < tolerance)
-        if thresholds is not None and k < trace.exits - 1:
+        if free and k < trace.exits - 1:
             near |= reached & ((walked.score[index] - at_exit(thresholds, k)).abs() < tolerance)
+    if not free:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(shakes):
+            noise = tolerance * torch.randn(trace.logits.shape, generator=generator)
+            other = replace(trace, logits=trace.logits + noise)
+            stop = walk(policy, other).stop.int().argmax(dim=0)
+            near |= torch.tensor(walked.visited)[stop] != outcome.exit
     return near

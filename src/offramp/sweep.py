@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offramp.cost import CostModel
 from offramp.errors import ShapeError
-from offramp.policies.base import Policy, at_exit
+from offramp.policies.base import NEVER, Policy, at_exit, check_exits
 from offramp.simulate import Outcome, Walk, simulate, walk
 from offramp.trace import ExitTrace
 
@@ -50,7 +50,12 @@ class Sweep:
         self._kept: tuple[Any, Walk, Tensor] | None = None
 
     def __call__(self, policy: Policy) -> Said:
-        """What a policy does with the trace."""
+        """What a policy does with the trace.
+
+        Raises:
+            ShapeError: the policy is for another number of exits.
+        """
+        check_exits(policy, self.trace.exits)
         key = family_key(policy)
         if key is None:
             outcome = simulate(policy, self.trace, self.costs)
@@ -76,7 +81,7 @@ def first_stop(scores: Float[Tensor, "visit row"], thresholds: Sequence[float]) 
     rows = scores.shape[1]
     first = torch.full((rows,), len(thresholds), dtype=torch.int64)
     for k in range(len(thresholds) - 1, -1, -1):
-        first = torch.where(scores[k] >= thresholds[k], k, first)
+        first = torch.where((scores[k] >= thresholds[k]) & (scores[k] > NEVER), k, first)
     return first
 
 

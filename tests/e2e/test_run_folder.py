@@ -54,7 +54,7 @@ def test_policies_report_and_bundle_are_made_of_the_run(run: Path, tmp_path: Pat
     assert "1 target(s) cannot be met" in missed.stderr
     assert not (run / "policies" / "max-prob-0.01.json").exists()
     table = json.loads(offramp("compare", run, "--policies", "max-prob", "--budgets", 0.6, "--json").stdout)
-    assert "judged on 539 rows" in table["how"]
+    assert "judged on 539 others" in table["how"]
     pytest.importorskip("plotly")
     made = offramp(
         "report", run, "--no-timing", "--policies", "max-prob,beem-a", "--budgets", "0.5,0.7", "--json",

@@ -26,6 +26,7 @@ from offramp.policies import (
     MaxProb,
     MSDNet,
     Patience,
+    Stopping,
     Voting,
 )
 from offramp.simulate import simulate, walk
@@ -58,6 +59,7 @@ def thresholded(flags):
         return tuple((Array(torch.rand(CLASSES + 2 + extra + n, generator=g) / 2),) for n in before)
 
     edges = ((0.3, 0.5, 0.7),) * EXITS
+    nearly_own = Array(torch.eye(EXITS) + 0.1 * torch.randn((EXITS, EXITS), generator=g))
     return [
         *(kind(0.6, enabled=flags) for kind in (MaxProb, MSDNet, EERO, Entropy, Margin, BERxiT, Voting)),
         Voting(0.6, 0.5, flags),
@@ -69,6 +71,8 @@ def thresholded(flags):
         ZTW(0.6, array(EXITS, EXITS), array(EXITS, CLASSES), None, flags),
         ZTW(0.6, array(EXITS, EXITS), array(EXITS, CLASSES), array(EXITS, CLASSES, CLASSES), flags),
         JEIDNN(array(EXITS, 5), 0.6, 0.5, flags),
+        Stopping(0.6, nearly_own, array(EXITS, CLASSES), None, flags),
+        Stopping(0.6, nearly_own, array(EXITS, CLASSES), array(EXITS, 4), flags),
         AccuracyBins(edges, ((0.1, 0.4, 0.6, 0.9),) * EXITS, 0.6, flags),
     ]
 
@@ -127,8 +131,8 @@ def test_the_sweeps_above_use_every_exit_that_is_on(trace):
 def test_alternating_between_families_and_flags(trace):
     """The walk that is kept is never one of another family, other parameters or other flags."""
     sweep = Sweep(trace, COSTS)
-    lines = [moved(p) for flags in (None, OFF) for p in thresholded(flags)]
-    lines += [[p] * 7 for flags in (None, OFF) for p in others(flags)]
+    lines = [moved(p) for pair in zip(thresholded(None), thresholded(OFF), strict=True) for p in pair]
+    lines += [[p] * 7 for pair in zip(others(None), others(OFF), strict=True) for p in pair]
     for turn in zip(*lines, strict=True):
         for one in turn:
             assert_same(sweep(one), one, trace)

@@ -58,6 +58,7 @@ PUBLIC = [
     "SelfDistill",
     "ShapeError",
     "Step",
+    "Stopping",
     "TokenHead",
     "TrainReport",
     "TwoStage",

@@ -1,7 +1,8 @@
 """Risks as targets: what is certified, what the sentence says, and that promises hold on new rows."""
 
+import itertools
+import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from offramp.calibrate import Calibration, Calibrator, EENetFit, Joint, Options,
 from offramp.calibrate.risk import certified, losses_of, needed_rows, promise_of
 from offramp.compare import CHOICES
 from offramp.cost import Budget, CostModel
-from offramp.errors import DataError, ShapeError, ValueRangeError
+from offramp.errors import DataError, FormatError, ShapeError, ValueRangeError
 from offramp.policies import EENet, MaxProb, visits
 from offramp.simulate import simulate
 from offramp.sweep import Said, Sweep
@@ -44,9 +45,9 @@ def counts(losses: list[int], rows: int) -> torch.Tensor:
         ({"epsilon": -0.01}, "epsilon is -0.01; expected a number from 0 to 1"),
         ({"epsilon": 1.0}, "epsilon is 1.0"),
         ({"epsilon": float("nan")}, "epsilon is nan"),
-        ({"epsilon": 0.1, "delta": 0}, "delta is 0; expected a number above 0 to 1"),
+        ({"epsilon": 0.1, "delta": 0.0}, "delta is 0.0; expected a number above 0 to 1"),
         ({"epsilon": 0.1, "delta": 1.0}, "delta is 1.0"),
-        ({"epsilon": 0.1, "loss": "signed drop", "method": "ltt"}, "'ltt' is not valid for a signed drop; use 'betting'"),
+        ({"epsilon": 0.1, "loss": "signed drop", "method": "ltt"}, "not valid for a signed drop; use 'betting'"),
         ({"epsilon": 0.1, "loss": "signed drop", "method": "crc"}, "'crc' is not valid for a signed drop"),
     ],
     ids=str,
@@ -63,21 +64,19 @@ def test_joints_are_checked():
         assert Joint(Risk(0.1, method=method), Budget(fraction=0.5)).prefer == "cheapest"
 
 
-def test_unknown_names_from_a_file_are_refused(tmp_path):
-    made = calibrate(MaxProb, synthetic(3, 4, 60), even(3), Risk(0.2))
-    for field, bad in (("loss", "damage"), ("method", "luck"), ("epsilon", -1), ("delta", 0)):
-        path = made.save(tmp_path / "c.json")
-        text = path.read_text()
-        value = getattr(made.target, field)
-        asked, changed = (f'"{field}": {json_of(v)}' for v in (value, bad))
-        assert asked in text
-        path.write_text(text.replace(asked, changed))
-        with pytest.raises(ValueRangeError if False else Exception, match=f"{field} is {bad!r}"):
-            Calibration.load(path)
-
-
-def json_of(value) -> str:
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+@pytest.mark.parametrize(
+    "change", [{"loss": "damage"}, {"method": "luck"}, {"epsilon": -1.0}, {"delta": 0.0}, {"sure": 1}], ids=str
+)
+def test_risks_that_a_file_may_not_hold(tmp_path, change):
+    risk = Risk(0.2)
+    promise = Promise("drop", "ltt", 0.2, 0.1, 0.1, 100, 0.15)
+    path = Calibration(MaxProb(0.5), risk, 0.5, "met", "said", 100, promise).save(tmp_path / "c.json")
+    assert Calibration.load(path).target == risk
+    value = json.loads(path.read_text())
+    value["fields"]["target"].update(change)
+    path.write_text(json.dumps(value))
+    with pytest.raises(FormatError, match=next(iter(change))):
+        Calibration.load(path)
 
 
 def test_auto_is_ltt_but_for_signed_losses_and_prints_so():
@@ -110,9 +109,8 @@ def test_what_comes_after_the_first_failure_is_not_looked_at(method):
 
 @pytest.mark.parametrize("method", ["ltt", "betting"])
 def test_losses_between_0_and_1_and_signed_ones(method):
-    half = 0.5 * counts([0, 40, 100, 300], 1000)
-    place = certified(half, Risk(0.06, method=method))
-    assert place == 2  # 5 % of 6 % at 1000 rows is too near for an exact test, not at these losses' variance
+    # means of 0, 2, 3 and 15 %
+    assert certified(0.5 * counts([0, 40, 60, 300], 1000), Risk(0.06, method=method)) == 2
     signed = counts([0, 0, 0], 1000)
     signed[1, :300], signed[2, :100] = -1.0, 1.0
     assert certified(signed, Risk(0.02, loss="signed drop")) == 1
@@ -164,6 +162,7 @@ def test_losses_by_hand():
 # --- end to end ---
 
 FIT, CERTIFY, COSTS = synthetic(4, 5, 1000), synthetic(4, 5, 2000, seed=1), even(4)
+SHARED = Calibrator(MaxProb, FIT, COSTS)
 RISKS = [
     Risk(0.03), Risk(0.05, 0.01), Risk(0.05, loss="disagreement"), Risk(0.05, method="betting"),
     Risk(0.03, loss="signed drop"), Risk(0.03, method="crc"), Risk(0.03, method="plain"),
@@ -176,7 +175,7 @@ def losses_at(policy, trace: ExitTrace, loss: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("risk", RISKS, ids=str)
 def test_a_risk_is_met_and_said(risk):
-    made = calibrate(MaxProb, FIT, COSTS, risk, certify=CERTIFY)
+    made = SHARED.to(risk, CERTIFY)
     promise = made.promise
     assert (made.status, made.rows, made.target) == ("met", 1000, risk)
     assert 0.25 <= made.achieved < 1
@@ -198,16 +197,15 @@ def test_a_risk_is_met_and_said(risk):
 
 
 def test_a_smaller_risk_costs_more():
-    calibrator = Calibrator(MaxProb, FIT, COSTS)
-    costs = [calibrator.to(Risk(e), CERTIFY).achieved for e in (0.005, 0.02, 0.05, 0.2)]
+    costs = [SHARED.to(Risk(e), CERTIFY).achieved for e in (0.005, 0.02, 0.05, 0.2)]
     assert costs == sorted(costs, reverse=True)
     assert costs[0] > costs[-1]
-    assert calibrator.to(Risk(0.02, 0.3), CERTIFY).achieved <= calibrator.to(Risk(0.02, 0.01), CERTIFY).achieved
+    assert SHARED.to(Risk(0.02, 0.3), CERTIFY).achieved <= SHARED.to(Risk(0.02, 0.01), CERTIFY).achieved
 
 
 def test_too_few_rows_say_how_many_are_needed():
     for loss in ("drop", "disagreement", "signed drop"):
-        made = calibrate(MaxProb, FIT, COSTS, Risk(0.01, loss=loss), certify=synthetic(4, 5, 10, seed=1))
+        made = SHARED.to(Risk(0.01, loss=loss), synthetic(4, 5, 10, seed=1))
         assert made.status == "infeasible"
         assert "10 certify rows are too few: even without any loss 230 are needed" in made.message
         assert visits(made.policy, 4) == (3,)
@@ -216,18 +214,16 @@ def test_too_few_rows_say_how_many_are_needed():
 
 
 def test_one_row_fewer_than_needed_and_as_many():
-    sure = ExitTrace((5 * one_hot(torch.arange(230) % 3, 3)).float().expand(4, -1, -1), labels=torch.arange(230) % 3)
-    assert calibrate(MaxProb, FIT_3, COSTS, Risk(0.01), certify=sure).status == "met"
-    short = calibrate(MaxProb, FIT_3, COSTS, Risk(0.01), certify=sure.select(torch.arange(229)))
+    labels = torch.arange(230) % 5
+    sure = ExitTrace((5 * one_hot(labels, 5)).float().expand(4, -1, -1), labels=labels)
+    assert SHARED.to(Risk(0.01), sure).status == "met"
+    short = SHARED.to(Risk(0.01), sure.select(torch.arange(229)))
     assert short.status == "infeasible"
     assert "229 certify rows are too few: even without any loss 230" in short.message
 
 
-FIT_3 = synthetic(4, 3, 500)
-
-
 def test_a_risk_of_nothing_is_infeasible():
-    made = calibrate(MaxProb, FIT, COSTS, Risk(0.0), certify=CERTIFY)
+    made = SHARED.to(Risk(0.0), CERTIFY)
     assert made.status == "infeasible"
     assert "no number of rows can show that" in made.message
     assert visits(made.policy, 4) == (3,)
@@ -239,10 +235,7 @@ def test_a_family_that_always_loses_says_so():
     made = calibrate(MaxProb, ExitTrace(torch.stack([wrong, right]), labels=labels), even(2), Risk(0.05))
     assert made.status == "best_effort"
     assert "the safest policy already loses 100.00 % of 300 certify rows; more rows would not help" in made.message
-    assert simulate(made.policy, FIT_2, even(2)).shares == (0.0, 1.0)
-
-
-FIT_2 = synthetic(2, 2, 50)
+    assert simulate(made.policy, synthetic(2, 2, 50), even(2)).shares == (0.0, 1.0)
 
 
 def test_without_certify_rows_the_trace_is_halved():
@@ -262,7 +255,10 @@ def test_certify_rows_of_another_model_are_refused():
         Calibrator(MaxProb, FIT, COSTS).to(Risk(0.05))
 
 
-@pytest.mark.parametrize("way", sorted(set(CHOICES) - {"berxit"}))
+SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in ("eero", "eenet", "msdnet")]
+
+
+@pytest.mark.parametrize("way", [*sorted(set(CHOICES) - {"berxit", "eero", "eenet", "msdnet"}), *SLOW])
 def test_every_family_can_be_given_a_risk(way):
     family, options = CHOICES[way]
     options = {**options, "fit": EENetFit(steps=20)} if family is EENet else options
@@ -276,7 +272,7 @@ def test_every_family_can_be_given_a_risk(way):
     assert made.achieved == pytest.approx(outcome.cost)
     path = calibrator.path()
     spent = [calibrator.spent(policy, Budget(fraction=1.0)) for policy in path]
-    assert all(after <= before + 1e-9 for before, after in zip(spent, spent[1:], strict=False))
+    assert all(after <= before + 1e-9 for before, after in itertools.pairwise(spent))
     assert spent[0] == 1.0
     assert spent[-1] == pytest.approx(2 / 3 if way == "voting" else 1 / 3)
     assert visits(path[0], 3) == (2,)
@@ -287,47 +283,42 @@ def test_every_family_can_be_given_a_risk(way):
 
 
 def test_the_cheapest_within_both():
-    alone = calibrate(MaxProb, FIT, COSTS, Risk(0.05), certify=CERTIFY)
+    alone = SHARED.to(Risk(0.05), CERTIFY)
     spent = simulate(alone.policy, FIT, COSTS).cost
     for share, status in ((1.01, "met"), (0.99, "best_effort")):
-        made = calibrate(MaxProb, FIT, COSTS, Joint(Risk(0.05), Budget(fraction=share * spent)), certify=CERTIFY)
+        made = SHARED.to(Joint(Risk(0.05), Budget(fraction=share * spent)), CERTIFY)
         assert (made.policy, made.promise, made.status) == (alone.policy, alone.promise, status)
         assert made.achieved == pytest.approx(spent)
         assert ("more than there is" in made.message) == (status == "best_effort")
         assert made.message.startswith(alone.message)
-    few = calibrate(MaxProb, FIT, COSTS, Joint(Risk(0.01), Budget(fraction=0.5)), certify=synthetic(4, 5, 10))
+    few = SHARED.to(Joint(Risk(0.01), Budget(fraction=0.5)), synthetic(4, 5, 10))
     assert few.status == "infeasible"
 
 
 @pytest.mark.parametrize("loss", ["drop", "signed drop"])
 def test_the_safest_within_a_budget(loss):
-    plain = calibrate(MaxProb, FIT, COSTS, Budget(fraction=0.8))
+    plain = SHARED.to_budget(Budget(fraction=0.8))
     losses = losses_at(plain.policy, CERTIFY, loss)
     bound = promise_of(losses, Risk(0.5, loss=loss)).bound
     for epsilon, status in ((bound * 1.05, "met"), (bound * 0.95, "best_effort")):
         target = Joint(Risk(epsilon, loss=loss), Budget(fraction=0.8), "safest")
-        made = calibrate(MaxProb, FIT, COSTS, target, certify=CERTIFY)
+        made = SHARED.to(target, CERTIFY)
         assert (made.policy, made.achieved, made.status) == (plain.policy, plain.achieved, status)
         assert made.promise.epsilon == made.promise.bound == pytest.approx(bound)
         assert ("above the" in made.message) == (status == "best_effort")
     target = Joint(Risk(0.05, loss=loss), Budget(fraction=0.1), "safest")
-    made = calibrate(MaxProb, FIT, COSTS, target, certify=CERTIFY)
+    made = SHARED.to(target, CERTIFY)
     assert (made.status, made.promise) == ("infeasible", None)
 
 
 def test_files_keep_risk_and_promise(tmp_path):
-    targets = [
-        *RISKS,
-        Risk(0.0),
-        *(Joint(Risk(0.04), Budget(fraction=0.7), prefer) for prefer in ("cheapest", "safest")),
-    ]
-    calibrator = Calibrator(MaxProb, FIT, COSTS)
+    targets = [*RISKS, Risk(0.0), Joint(Risk(0.04), Budget(fraction=0.7))]
+    targets += [Joint(Risk(0.04), Budget(fraction=0.7), "safest")]
     for target in targets:
-        made = calibrator.to(target, CERTIFY)
+        made = SHARED.to(target, CERTIFY)
         again = Calibration.load(made.save(tmp_path / "c.json"))
         assert again == made
         assert isinstance(again.promise, Promise)
-        assert replace(again.promise) == made.promise
 
 
 # --- a promise holds: certify rows drawn again and again from a pool whose risk is known ---
@@ -345,7 +336,10 @@ def pool_losses(loss: str) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("loss", "method"),
-    [("drop", "ltt"), ("disagreement", "ltt"), ("drop", "betting"), ("signed drop", "betting"), ("drop", "crc"), ("drop", "plain")],
+    [
+        ("drop", "ltt"), ("disagreement", "ltt"), ("drop", "betting"), ("signed drop", "betting"), ("drop", "crc"),
+        ("drop", "plain"),
+    ],
 )  # fmt: skip
 def test_a_promise_holds(loss, method):
     risk = Risk(0.03, 0.1, loss, method)

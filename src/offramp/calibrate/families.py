@@ -21,6 +21,7 @@ from offramp.calibrate.ladders import (
 from offramp.calibrate.learned import GateLadder, fit_bins, fit_ztw
 from offramp.calibrate.quotas import Quotas
 from offramp.calibrate.spend import Spend
+from offramp.calibrate.stopping import StoppingFit, choose_stopping, geometric
 from offramp.cost import CostModel
 from offramp.errors import ValueRangeError
 from offramp.policies import (
@@ -41,6 +42,7 @@ from offramp.policies import (
     MSDNet,
     Patience,
     Policy,
+    Stopping,
     Voting,
 )
 from offramp.policies.base import as_floats
@@ -62,6 +64,7 @@ class Options:
     reset: Literal["own", "zero"] = "own"
     fit: EENetFit | None = None
     beta: float = 5.0
+    stopping: StoppingFit | None = None
 
 
 def ladder_of(
@@ -183,12 +186,7 @@ def _quotas(kind: Any, shares: Any, trace: ExitTrace, flags: tuple[bool, ...]) -
 
 
 def _msdnet(value: Any, trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...], options: Options) -> _Made:
-    def shares(knob: float, spend: Spend) -> Float[Tensor, "visit"]:
-        # q from 1e-4 to 1e4, evenly in its logarithm
-        place = torch.arange(1, len(spend.visited) + 1, dtype=torch.float64)
-        return torch.softmax(place * knob * 9.2103, dim=0)
-
-    return _quotas(MSDNet, shares, trace, flags)
+    return _quotas(MSDNet, geometric, trace, flags)
 
 
 def _eero(value: Any, trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...], options: Options) -> _Made:
@@ -230,6 +228,12 @@ def _eenet(value: Any, trace: ExitTrace, costs: CostModel, flags: tuple[bool, ..
     return blank_eenet(trace.exits, trace.classes, flags), EENetLadder(trace, flags, options.fit or EENetFit())
 
 
+def _stopping(value: Any, trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...], options: Options) -> _Made:
+    if value is not None:
+        return _shared(value, lambda: value, trace, flags)
+    return choose_stopping(trace, costs, flags, options.stopping or StoppingFit())
+
+
 MAKERS: dict[type, Callable[..., _Made]] = {
     MaxProb: _simple(MaxProb),
     Entropy: _simple(Entropy),
@@ -247,4 +251,5 @@ MAKERS: dict[type, Callable[..., _Made]] = {
     AccuracyBins: _bins,
     EERO: _eero,
     Fixed: _fixed,
+    Stopping: _stopping,
 }

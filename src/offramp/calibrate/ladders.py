@@ -15,6 +15,7 @@ from offramp.calibrate.quotas import Quotas
 from offramp.calibrate.spend import WINDOW, Spend
 from offramp.calibrate.thresholds import SharedScores
 from offramp.policies import Policy
+from offramp.policies.base import NEVER
 from offramp.simulate import simulate, walk
 from offramp.trace import ExitTrace
 
@@ -192,6 +193,6 @@ def full_thresholds(early: Sequence[float], visited: Sequence[int], exits: int) 
 
 def _lowest_of(scores: Float[Tensor, "early row"], count: int) -> Float[Tensor, "early row"]:
     """The smallest of the last `count` scores at every exit; before there are so many, one that is never enough."""
-    never = torch.full_like(scores[:1], -1e9)
+    never = torch.full_like(scores[:1], 10 * NEVER)
     windows = [torch.cat([never.expand(shift, -1), scores[: len(scores) - shift]]) for shift in range(count)]
     return torch.stack(windows).amin(dim=0)

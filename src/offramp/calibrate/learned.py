@@ -18,7 +18,7 @@ from offramp.policies.jeidnn import JEIDNN, gate_features
 from offramp.scores import max_prob
 from offramp.trace import ExitTrace
 
-__all__ = ["GateLadder", "fit_bins", "fit_ztw", "logistic", "some_rows"]
+__all__ = ["GateLadder", "fit_bins", "fit_ztw", "logistic", "minimise", "some_rows"]
 
 #: Rows beyond these are left out of fits (not of thresholds), by seed.
 MAX_ROWS = 10_000
@@ -55,7 +55,7 @@ def fit_ztw(trace: ExitTrace, flags: tuple[bool, ...], *, cascade: bool = True, 
                 matrix = p.view(classes, classes)
                 return F.cross_entropy(own + before @ matrix.T, labels) + ridge * matrix.square().sum()
 
-            steps[k] = _minimise(fit_step, torch.zeros(classes * classes)).view(classes, classes)
+            steps[k] = minimise(fit_step, torch.zeros(classes * classes)).view(classes, classes)
             own = own + before @ steps[k].T
         said.append(torch.log_softmax(own, dim=-1))
         stacked, count = torch.stack(said, dim=1), len(said)
@@ -64,7 +64,7 @@ def fit_ztw(trace: ExitTrace, flags: tuple[bool, ...], *, cascade: bool = True, 
             mixed = (stacked * p[:count].exp()[:, None]).mean(dim=1) + p[count:]
             return F.cross_entropy(mixed, labels) + ridge * p.square().sum()
 
-        found = _minimise(fit_mix, torch.zeros(count + classes))
+        found = minimise(fit_mix, torch.zeros(count + classes))
         weights[k, visited[:count]], biases[k] = found[:count], found[count:]
     on = None if all(flags) else flags
     return ZTW((ALWAYS,) * exits, Array(weights), Array(biases), None if steps is None else Array(steps), on)
@@ -187,7 +187,7 @@ class GateLadder:
         return gates
 
 
-def _minimise(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int = 60) -> Tensor:
+def minimise(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int = 60) -> Tensor:
     """Where a smooth convex loss is least, by L-BFGS; never NaN."""
     parameter = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([parameter], max_iter=steps, line_search_fn="strong_wolfe", tolerance_change=1e-9)

@@ -10,11 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from offramp.calibrate.spend import WINDOW, Spend
+from offramp.policies.base import NEVER
 
-__all__ = ["NEVER", "Fitted", "SharedScores", "fit_thresholds", "leave"]
-
-#: A score that is no more than this says that a row cannot leave here at any threshold.
-NEVER = -1e8
+__all__ = ["Fitted", "SharedScores", "fit_thresholds", "leave"]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from offramp.cost import CostModel
 from offramp.errors import FormatError, ShapeError, ValueRangeError
-from offramp.policies import JEIDNN, ZTW, AccuracyBins, EENet, MaxProb, Policy, dumps
+from offramp.policies import JEIDNN, ZTW, AccuracyBins, EENet, MaxProb, Policy, Stopping, dumps
 from offramp.policies.base import check_exits
 from offramp.scores import max_prob
 from offramp.simulate import Walk, walk
@@ -26,7 +26,7 @@ KIND, VERSION = "offramp.reference", 1
 POINTS = 129  # order statistics that are kept of a sample
 
 #: Their scores were fitted to the calibration rows, which therefore score unlike new rows of the same kind.
-LEARNED = (AccuracyBins, EENet, JEIDNN, ZTW)
+LEARNED = (AccuracyBins, EENet, JEIDNN, Stopping, ZTW)
 
 
 @dataclass(frozen=True)

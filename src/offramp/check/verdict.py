@@ -80,7 +80,7 @@ def check(
     A permutation test of the exit shares and a two-sample Kolmogorov-Smirnov test of every sample of the reference are
     joined by Holm's procedure. The KS tests keep their level at any number of rows and with ties. Thresholds that were
     fitted to the reference rows leave the shares' test its level to a good approximation; of scorers that were learned
-    from them (EENet, ZTW, JEI-DNN, accuracy bins) neither shares nor scores are tested, only max-prob.
+    from them (EENet, ZTW, JEI-DNN, accuracy bins, Stopping) neither shares nor scores are tested, only max-prob.
 
     Args:
         before: of the calibration rows, for this policy.

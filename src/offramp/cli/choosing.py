@@ -6,13 +6,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli.options import (
+    CertifyOption,
+    ConfidenceOption,
     CostsOption,
+    DeltaOption,
+    DropOption,
+    EpsilonOption,
+    ErrorRateOption,
     Family,
+    FlopsOption,
+    FractionOption,
     JsonOption,
     Metric,
-    Prefer,
+    MsOption,
+    PreferOption,
     RiskLoss,
+    RiskLossOption,
     RiskMethod,
+    RiskMethodOption,
     TraceArgument,
     check_out,
     usage,
@@ -39,37 +50,20 @@ def calibrate(
     out: Annotated[
         Path | None, typer.Option(help="The policy to write, .json; by default RUN/policies/POLICY-TARGET.json.")
     ] = None,
-    fraction: Annotated[
-        str | None,
-        typer.Option(help="Budget: this part of the plain model's cost; several with commas, or FIRST:LAST:STEP."),
-    ] = None,
-    flops: Annotated[float | None, typer.Option(help="Budget: FLOPs a row.")] = None,
-    ms: Annotated[float | None, typer.Option(help="Budget: milliseconds a batch of --batch-size rows.")] = None,
+    fraction: FractionOption = None,
+    flops: FlopsOption = None,
+    ms: MsOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="The size that --ms is meant for.")] = 1,
-    error_rate: Annotated[
-        bool, typer.Option("--error-rate", help="No budget: rows that leave early err no more than the final exit.")
-    ] = False,
-    max_drop: Annotated[
-        float | None,
-        typer.Option(help="No budget: the cheapest that loses at most this on the calibration rows, e.g. 0.01."),
-    ] = None,
+    error_rate: ErrorRateOption = False,
+    max_drop: DropOption = None,
     metric: Annotated[Metric, typer.Option(help="What --max-drop is of.")] = Metric.accuracy,
-    confidence: Annotated[
-        float | None, typer.Option(help="For --error-rate: ask it with this confidence, e.g. 0.95.")
-    ] = None,
-    risk: Annotated[
-        float | None,
-        typer.Option(help="Promise: new rows lose at most this, e.g. 0.01; alone, or with a budget."),
-    ] = None,
-    delta: Annotated[float, typer.Option(help="For --risk: the chance that the promise does not hold.")] = 0.1,
-    loss: Annotated[RiskLoss, typer.Option(help="What --risk is of.")] = RiskLoss.drop,
-    method: Annotated[RiskMethod, typer.Option(help="How --risk is certified.")] = RiskMethod.auto,
-    certify: Annotated[
-        Path | None, typer.Option(help="For --risk: a trace that nothing was fitted on; by default half of TRACE.")
-    ] = None,
-    prefer: Annotated[
-        Prefer | None, typer.Option(help="With a budget and --risk: the cheapest within the risk, or the safest.")
-    ] = None,
+    confidence: ConfidenceOption = None,
+    risk: EpsilonOption = None,
+    delta: DeltaOption = 0.1,
+    loss: RiskLossOption = RiskLoss.drop,
+    method: RiskMethodOption = RiskMethod.auto,
+    certify: CertifyOption = None,
+    prefer: PreferOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Write the cheapest policy where none meets the budget.")
     ] = False,
@@ -88,12 +82,19 @@ def calibrate(
     )  # fmt: skip
     if certify is not None and risk is None:
         raise usage("--certify belongs to --risk.")
+    _write(place, policy.value, list(zip(targets, outs, strict=True)), certify, force, json_out)
+
+
+def _write(
+    place: Place, family: str, wanted: "list[tuple[Any, Path]]", certify: Path | None, force: bool, json_out: bool
+) -> None:
+    """Nothing; every target's policy is written and told."""
     rows, prices = place.load()
     kept = None if certify is None else _trace(certify)
     missed = 0
     values = []
-    for each, path in zip(targets, outs, strict=True):
-        found, used = _calibrated(policy.value, rows, prices, each, kept)
+    for each, path in wanted:
+        found, used = _calibrated(family, rows, prices, each, kept)
         written = found.status != "infeasible" or force
         if written:
             found.save(path)

@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli.options import (
+    CertifyOption,
     CostsOption,
+    DeltaOption,
     JsonOption,
     Metric,
     RiskLoss,
+    RiskLossOption,
     RiskMethod,
+    RiskMethodOption,
     SeedOption,
     TraceArgument,
     check_out,
@@ -37,9 +41,7 @@ def compare(
         Path | None,
         typer.Option(help="A trace to judge on; a run's test trace, or halves of TRACE in turn, --repeats times."),
     ] = None,
-    certify: Annotated[
-        Path | None, typer.Option(help="For --risk: a trace that nothing is fitted on; by default half of TRACE.")
-    ] = None,
+    certify: CertifyOption = None,
     split: Annotated[
         str | None,
         typer.Option(help="Instead of halves in turn: shares of TRACE to fit, certify and test on, e.g. 0.4,0.3,0.3."),
@@ -56,9 +58,9 @@ def compare(
         str | None, typer.Option(help="Largest losses on the fit rows, e.g. 0.005,0.01,0.02; they promise nothing.")
     ] = None,
     risk: Annotated[str | None, typer.Option(help="Promises: what new rows may lose at most, e.g. 0.005,0.01.")] = None,
-    delta: Annotated[float, typer.Option(help="For --risk: the chance that a promise does not hold.")] = 0.1,
-    loss: Annotated[RiskLoss, typer.Option(help="What --risk is of.")] = RiskLoss.drop,
-    method: Annotated[RiskMethod, typer.Option(help="How --risk is certified.")] = RiskMethod.auto,
+    delta: DeltaOption = 0.1,
+    loss: RiskLossOption = RiskLoss.drop,
+    method: RiskMethodOption = RiskMethod.auto,
     metric: Annotated[Metric, typer.Option(help="What --max-drop is of, and what is shown beside accuracy.")] = (
         Metric.accuracy
     ),
@@ -71,18 +73,13 @@ def compare(
     targets = targets_of(budgets, max_drop, metric.value, risk, delta, loss.value, method.value)
     if html is not None:
         check_out(html)
-    from offramp.choices import families_for
     from offramp.compare import compare_pools
     from offramp.meter import Meter
     from offramp.trace import ExitTrace
 
     place = place_of(trace, costs)
     rows, prices = place.load()
-    if policies == "all":
-        known = families_for(rows)
-        if left := [name for name in names if name not in known]:
-            note(f"note: {', '.join(left)} left out: the trace has no signals. `offramp certainty RUN` learns them.")
-        names = tuple(name for name in names if name in known)
+    names = _known(names, rows) if policies == "all" else names
     judge = test if test is not None else place.test
     pools, count, how = _pools(
         rows, None if judge is None or split is not None else ExitTrace.load(judge),
@@ -95,6 +92,11 @@ def compare(
         from offramp.report.frontier import write_frontier
 
         write_frontier(value, html)
+    _tell(found, value, how, html, json_out)
+
+
+def _tell(found: "Sequence[Compared]", value: dict[str, Any], how: str, html: Path | None, json_out: bool) -> None:
+    """Nothing; the comparison is on standard output."""
     if json_out:
         result(value, (), True)
         return
@@ -103,6 +105,16 @@ def compare(
     note("status is that of the calibration; cost and accuracy are of the rows that it did not see.")
     if html is not None:
         line(f"wrote {html}")
+
+
+def _known(names: tuple[str, ...], rows: "ExitTrace") -> tuple[str, ...]:
+    """The names less those whose signals the trace lacks."""
+    from offramp.choices import families_for
+
+    known = families_for(rows)
+    if left := [name for name in names if name not in known]:
+        note(f"note: {', '.join(left)} left out: the trace has no signals. `offramp certainty RUN` learns them.")
+    return tuple(name for name in names if name in known)
 
 
 def _pools(

@@ -17,18 +17,30 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchSizeOption",
+    "CertifyOption",
+    "ConfidenceOption",
     "CostsOption",
     "DataOption",
+    "DeltaOption",
     "DeviceOption",
+    "DropOption",
     "EpochsOption",
+    "EpsilonOption",
+    "ErrorRateOption",
     "Family",
+    "FlopsOption",
+    "FractionOption",
     "JsonOption",
     "LimitOption",
     "Loss",
     "Metric",
+    "MsOption",
     "Prefer",
+    "PreferOption",
     "RiskLoss",
+    "RiskLossOption",
     "RiskMethod",
+    "RiskMethodOption",
     "RunArgument",
     "SeedOption",
     "Task",
@@ -80,6 +92,7 @@ class Family(StrEnum):
     accuracy_bins = "accuracy-bins"
     eero = "eero"
     fixed = "fixed"
+    stopping = "stopping"
 
 
 class Metric(StrEnum):
@@ -142,6 +155,34 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Of weights, order and augm
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Rows at once.")]
 CostsOption = Annotated[
     Path | None, typer.Option(help="A file that `offramp measure` wrote for the same run; RUN/costs.json by default.")
+]
+DeltaOption = Annotated[float, typer.Option(help="For --risk: the chance that the promise does not hold.")]
+RiskLossOption = Annotated[RiskLoss, typer.Option("--loss", help="What --risk is of.")]
+RiskMethodOption = Annotated[RiskMethod, typer.Option("--method", help="How --risk is certified.")]
+CertifyOption = Annotated[
+    Path | None, typer.Option(help="For --risk: a trace that nothing was fitted on; by default half of TRACE.")
+]
+MsOption = Annotated[float | None, typer.Option(help="Budget: milliseconds a batch of --batch-size rows.")]
+FlopsOption = Annotated[float | None, typer.Option(help="Budget: FLOPs a row.")]
+FractionOption = Annotated[
+    str | None,
+    typer.Option(help="Budget: this part of the plain model's cost; several with commas, or FIRST:LAST:STEP."),
+]
+PreferOption = Annotated[
+    Prefer | None, typer.Option(help="With a budget and --risk: the cheapest within the risk, or the safest.")
+]
+EpsilonOption = Annotated[
+    float | None, typer.Option("--risk", help="Promise: new rows lose at most this, e.g. 0.01; also with a budget.")
+]
+DropOption = Annotated[
+    float | None,
+    typer.Option(help="No budget: the cheapest that loses at most this on the calibration rows, e.g. 0.01."),
+]
+ErrorRateOption = Annotated[
+    bool, typer.Option("--error-rate", help="No budget: rows that leave early err no more than the final exit.")
+]
+ConfidenceOption = Annotated[
+    float | None, typer.Option(help="For --error-rate: ask it with this confidence, e.g. 0.95.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU when there is one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON on standard output and nothing else there.")]

@@ -142,4 +142,4 @@ def _difference(row: Any) -> str:
         return ""
     star = "*" if row.difference_low > 0 or row.difference_high < 0 else " "
     low, high = 100 * row.difference_low, 100 * row.difference_high
-    return f"{100 * row.difference:+.2f} ({low:+.2f} to {high:+.2f}){star}"
+    return f"{100 * row.difference:+.2f} [{low:+.1f} {high:+.1f}]{star}"

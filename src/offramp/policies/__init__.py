@@ -15,6 +15,7 @@ from offramp.policies.jeidnn import JEIDNN
 from offramp.policies.msdnet import MSDNet
 from offramp.policies.patience import Patience
 from offramp.policies.pcee import PCEE
+from offramp.policies.stopping import Stopping
 from offramp.policies.voting import Voting
 from offramp.policies.ztw import ZTW
 
@@ -40,6 +41,7 @@ __all__ = [
     "Policy",
     "State",
     "Step",
+    "Stopping",
     "Voting",
     "check_exits",
     "dumps",

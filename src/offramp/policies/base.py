@@ -9,9 +9,24 @@ from torch import Tensor
 
 from offramp.errors import ShapeError, ValueRangeError
 
-__all__ = ["Evidence", "Policy", "State", "Step", "as_flags", "as_floats", "at_exit", "check_exits", "fires", "visits"]
+__all__ = [
+    "NEVER",
+    "Evidence",
+    "Policy",
+    "State",
+    "Step",
+    "as_flags",
+    "as_floats",
+    "at_exit",
+    "check_exits",
+    "fires",
+    "visits",
+]
 
 State = tuple[Tensor, ...]
+
+#: A score that is no more than this says that a row cannot leave here at any threshold.
+NEVER = -1e8
 
 
 class Evidence(NamedTuple):

@@ -19,6 +19,7 @@ from offramp.policies.jeidnn import JEIDNN
 from offramp.policies.msdnet import MSDNet
 from offramp.policies.patience import Patience
 from offramp.policies.pcee import PCEE
+from offramp.policies.stopping import Stopping
 from offramp.policies.voting import Voting
 from offramp.policies.ztw import ZTW
 
@@ -41,6 +42,7 @@ FAMILIES: dict[str, type] = {
     "AccuracyBins": AccuracyBins,
     "EERO": EERO,
     "Fixed": Fixed,
+    "Stopping": Stopping,
 }
 VERSION = 1
 

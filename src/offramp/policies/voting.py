@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from offramp.errors import ValueRangeError
-from offramp.policies.base import Evidence, State, Step, as_flags, as_floats, fires
+from offramp.policies.base import NEVER, Evidence, State, Step, as_flags, as_floats, fires
 
 __all__ = ["Voting"]
 
@@ -54,9 +54,7 @@ class Voting:
         votes = votes + F.one_hot(seen.logits.argmax(dim=-1), seen.logits.shape[-1])
         visited = k + 1 if self.enabled is None else sum(self.enabled[:k]) + 1
         score = votes.amax(dim=-1) / visited**self.power
-        if visited == 1:
-            score = score - score + FIRST
+        if visited == 1:  # below every threshold of use, so that thresholds are not fitted to it
+            score = torch.full_like(score, 10 * NEVER)
+            return Step(torch.zeros_like(score, dtype=torch.bool), score, seen.logits, (votes,))
         return Step(fires(self, k, score), score, seen.logits, (votes,))
-
-
-FIRST = -1e9  # a score that no threshold of use is below

@@ -79,7 +79,8 @@ def _figures(value: Mapping[str, Any]) -> str:
         "<section><h2>Accuracy at a cost</h2><p>On rows that no policy was fitted or certified on. Families that are "
         'not drawn can be switched on in the legend.</p><div class="fig" id="frontier"></div></section>'
         f"<section><h2>Less {escape(value['baseline'])}, row by row</h2><p>Paired over the same rows, with 95 % "
-        'bootstrap intervals. An interval that holds 0 says nothing.</p><div class="fig" id="difference"></div></section>'
+        "bootstrap intervals. An interval that holds 0 says nothing.</p>"
+        '<div class="fig" id="difference"></div></section>'
     )
 
 

@@ -1,0 +1,101 @@
+"""Optimal stopping: answers mixed from all exits seen so far, and leaving where going on is not worth its price."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from offramp.errors import ShapeError
+from offramp.policies.arrays import Array
+from offramp.policies.base import Evidence, State, Step, as_flags, as_floats, fires
+
+__all__ = ["Stopping", "mix", "value_features"]
+
+#: Log-odds of the largest probability are cut at this, so that no row is infinitely sure.
+SUREST = 8.0
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """Leave at the first exit k with score_k >= thresholds[k], and answer m_k, mixed from the exits seen so far.
+
+        m_k     = log softmax(sum_{j <= k visited} w_kj log p_j + b_k)
+        score_k = max softmax(m_k)                                     without `values`
+        score_k = -(v_k . [1, s_k, s_k^2, same_k])                     with them
+
+    s_k is the log-odds of the largest probability of m_k, over 3, and same_k is 1 where m_k has the label of the
+    mixture before. v_k . [...] estimates what going on is worth: the accuracy that the best continuation gains, less
+    its price.
+
+    Args:
+        thresholds: one per exit, in units of the score; or one value for all. The last is not used.
+        weights: [E E], row k holds w_k0 .. w_kk; the rest is not used. The unit matrix answers with each exit's own.
+        biases: [E cls].
+        values: [E 4], or None.
+        enabled: one flag per exit; None means that all are on. Exits that are off are not in the mixture.
+
+    Source: ours. `calibrate(Stopping, ...)` chooses by cross-validation which parts are worth having, and falls back to
+    max-prob where none is.
+    """
+
+    thresholds: tuple[float, ...] | float
+    weights: Array
+    biases: Array
+    values: Array | None = None
+    enabled: tuple[bool, ...] | None = None
+    needs: ClassVar[tuple[str, ...]] = ()
+    per_exit: ClassVar[tuple[str, ...]] = ("thresholds", "enabled")
+
+    def __post_init__(self) -> None:
+        arrays = (self.weights, self.biases) if self.values is None else (self.weights, self.biases, self.values)
+        if not all(isinstance(array, Array) for array in arrays):
+            raise ShapeError(f"weights, biases and values are {[type(a).__name__ for a in arrays]}; expected Arrays.")
+        shapes = [tuple(array.shape) for array in arrays]
+        exits, classes = shapes[1] if len(shapes[1]) == 2 else (-1, -1)
+        if shapes != [(exits, exits), (exits, classes), (exits, 4)][: len(shapes)]:
+            raise ShapeError(f"weights, biases and values have shapes {shapes}; expected [E E], [E cls], [E 4].")
+        object.__setattr__(self, "thresholds", as_floats(self.thresholds, "thresholds"))
+        object.__setattr__(self, "enabled", as_flags(self.enabled))
+
+    def init(self, seen: Evidence) -> State:
+        """(log p of the visited exits, float32 [batch 0 cls]; the label of the mixture before, int64 [batch]).
+
+        Raises:
+            ShapeError: it was fitted for another number of classes.
+        """
+        if seen.logits.shape[-1] != self.biases.shape[1]:
+            raise ShapeError(
+                f"Stopping was fitted for {self.biases.shape[1]} classes, got {seen.logits.shape[-1]}: calibrate again."
+            )
+        first = seen.logits[:, 0]
+        return seen.logits[:, None, :][:, :0].float(), torch.full_like(first, -1, dtype=torch.int64)
+
+    def step(self, k: int, seen: Evidence, state: State) -> Step:
+        """Stop where the mixture is sure enough, or where going on is not worth its price."""
+        past, before = state
+        device = seen.logits.device
+        said = torch.cat([past, torch.log_softmax(seen.logits.float(), dim=-1)[:, None]], dim=1)
+        visited = [j for j in range(k + 1) if j == k or self.enabled is None or self.enabled[j]]
+        answer = mix(said, self.weights.tensor(device)[k][visited], self.biases.tensor(device)[k])
+        surest, label = answer.max(dim=-1)
+        if self.values is None:
+            score = surest.exp()
+        else:
+            score = -(value_features(surest, label == before) * self.values.tensor(device)[k]).sum(dim=-1)
+        return Step(fires(self, k, score), score, answer.to(seen.logits.dtype), (said, label))
+
+
+def mix(
+    said: Float[Tensor, "batch visit cls"], weights: Float[Tensor, "visit"], bias: Float[Tensor, "cls"]
+) -> Float[Tensor, "batch cls"]:
+    """Log-probabilities of weighted log-probabilities: log softmax of sum_j w_j log p_j + b."""
+    return torch.log_softmax((said * weights[:, None]).sum(dim=1) + bias, dim=-1)
+
+
+def value_features(surest: Float[Tensor, "*batch"], same: Tensor) -> Float[Tensor, "*batch 4"]:
+    """[1, s, s^2, same] from the largest log-probability, s its log-odds over 3."""
+    odds = surest - torch.log(-torch.expm1(surest.clamp(max=-1e-6)))
+    s = odds.clamp(-SUREST, SUREST) / 3
+    return torch.stack([torch.ones_like(s), s, s * s, same.to(s.dtype)], dim=-1)
