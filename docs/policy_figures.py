@@ -1,9 +1,13 @@
 """The pictures of docs/policies.md, by hand: `python docs/policy_figures.py`.
 
-Reads the recorded SST-2 rows and costs under results/, calibrates every policy on one half of the rows, and draws what it
-decides about three rows of the other half into docs/policies/NAME.svg.
+Reads the recorded SST-2 rows and costs under results/, calibrates every policy on one half of the rows, and draws what
+it decides about three rows of the other half into docs/policies/NAME.svg.
 """
 
+import io
+import re
+from collections.abc import Sequence
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +15,7 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from offramp.artefacts import write_atomically
 from offramp.choices import CHOICES, calibrator_of, families_for
@@ -25,6 +30,7 @@ from offramp.trace import ExitTrace
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "policies"
 RIGHT, WRONG, LINE = "#0072B2", "#D55E00", "#444444"
+DASHES: Any = (0, (3, 1.2))
 #: On other halves Stopping may fall back to max-prob, whose picture would be drawn twice.
 SEED = 1
 #: Half of the plain model's cost; at that, those that count would let all rows leave at one and the same exit.
@@ -73,7 +79,8 @@ class Drawn(NamedTuple):
 def main() -> None:
     """Every picture."""
     torch.set_num_threads(1)
-    matplotlib.rcParams |= {"svg.hashsalt": "offramp", "svg.fonttype": "path", "font.size": 8, "axes.linewidth": 0.6}
+    matplotlib.rcParams |= {"svg.hashsalt": "offramp", "svg.fonttype": "none", "font.size": 8, "axes.linewidth": 0.6}
+    matplotlib.rcParams["font.sans-serif"] = ["DejaVu Sans", "Verdana", "Arial"]
     costs = CostModel.load(ROOT / "results" / "costs-sst2-1-thread.json")
     fit, rest = ExitTrace.load(ROOT / "results" / "sst2-minilm-validation.safetensors").split((0.5, 0.5), seed=SEED)
     found: dict[str, Drawn] = {}
@@ -89,7 +96,9 @@ def main() -> None:
             continue
         to = draw(name, found[name], rest, rows)
         exits = [int(found[name].outcome.exit[row]) for row in rows.values()]
-        print(f"{to.relative_to(ROOT)}: {to.stat().st_size / 1000:.0f} kB, exits {exits}, {settings(found[name].policy)}")
+        print(
+            f"{to.relative_to(ROOT)}: {to.stat().st_size / 1000:.0f} kB, exits {exits}, {settings(found[name].policy)}"
+        )
 
 
 def chosen(found: dict[str, Drawn], trace: ExitTrace) -> dict[str, int]:
@@ -122,7 +131,7 @@ def bands(name: str, one: Drawn, trace: ExitTrace) -> list[Band]:
     shown = [Band(label, one.walked.score, thresholds, "patience" if counts else "threshold")]
     logits = trace.logits[list(one.walked.visited)]
     if isinstance(policy, FPABEE):
-        moved = torch.stack([divergence(a, b, policy.measure, policy.task) for a, b in zip(logits, logits[1:])])
+        moved = torch.stack([divergence(a, b, policy.measure, policy.task) for a, b in pairwise(logits)])
         moved = torch.cat([torch.full_like(moved[:1], 10 * NEVER), moved])
         shown.insert(0, Band("movement D", moved, [policy.tau] * len(early), "tau"))
     if isinstance(policy, PCEE):
@@ -140,9 +149,13 @@ def draw(name: str, one: Drawn, trace: ExitTrace, rows: dict[str, int]) -> Path:
             curve(panel, band, one, row, trace)
         line[0].set_ylabel(band.label)
         line[0].set_ylim(*limits(band, list(rows.values())))
+        if band.name == "patience":
+            line[0].yaxis.set_major_locator(MaxNLocator(integer=True))
     for panel, (kind, row) in zip(axes[0], rows.items(), strict=True):
         end = "right" if one.outcome.right is not None and one.outcome.right[row] else "wrong"
-        panel.set_title(f"{kind}: out at exit {int(one.outcome.exit[row])}, {end}", fontsize=8.5)
+        last = int(one.outcome.exit[row])
+        way = "runs to the end" if last == trace.exits - 1 else f"out at exit {last}"
+        panel.set_title(f"{kind}: {way}, {end}", fontsize=8.5)
     visited = one.walked.visited
     for panel in axes[-1]:
         panel.set_xticks(range(trace.exits), [str(k) if k in visited else "off" for k in range(trace.exits)])
@@ -150,7 +163,16 @@ def draw(name: str, one: Drawn, trace: ExitTrace, rows: dict[str, int]) -> Path:
     legend(figure, [band.name for band in shown])
     OUT.mkdir(exist_ok=True)
     about: dict[str, Any] = {"metadata": {"Date": None, "Title": f"{name} on three rows"}}
-    return write_atomically(OUT / f"{name}.svg", lambda to: figure.savefig(to, format="svg", **about)) or OUT
+    return write_atomically(OUT / f"{name}.svg", lambda to: save(figure, to, about))
+
+
+def save(figure: Figure, path: Path, about: dict[str, Any]) -> None:
+    """Nothing; the figure is in the file, without what makes it large: indents, comments, a millionth of a point."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", **about)
+    kept = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
+    kept = re.sub(r"(\d\.\d\d)\d+", r"\1", kept)
+    path.write_text("\n".join(line.strip() for line in kept.splitlines() if line.strip()) + "\n", encoding="utf-8")
 
 
 def limits(band: Band, rows: list[int]) -> tuple[float, float]:
@@ -170,22 +192,35 @@ def curve(panel: Any, band: Band, one: Drawn, row: int, trace: ExitTrace) -> Non
     said = one.walked.answer[:, row].argmax(dim=-1)
     good = (said == trace.known_labels("the pictures")[row]).tolist()
     leaves = visited.index(int(one.outcome.exit[row]))
-    for k, threshold in zip(visited, band.thresholds, strict=False):
-        panel.plot([k - 0.5, k + 0.5], [threshold] * 2, color=LINE, linewidth=1.2, linestyle=(0, (3, 1.2)))
+    panel.plot(*steps(visited[:-1], band.thresholds), color=LINE, linewidth=1.1, linestyle=DASHES)
     kept = [i for i, score in enumerate(scores) if score > NEVER]
     gone, ahead = [i for i in kept if i <= leaves], [i for i in kept if i >= leaves]
     panel.plot([visited[i] for i in ahead], [scores[i] for i in ahead], color="#bbbbbb", linewidth=0.8, zorder=1)
     panel.plot([visited[i] for i in gone], [scores[i] for i in gone], color="#777777", linewidth=1.2, zorder=2)
-    for i in kept:
-        colour = RIGHT if good[i] else WRONG
+    for is_right, place in product((True, False), (-1, 0, 1)):  # place: before, at and after the exit taken
+        marks = [i for i in kept if good[i] == is_right and (i > leaves) - (i < leaves) == place]
+        colour = RIGHT if is_right else WRONG
         panel.plot(
-            visited[i], scores[i], "o" if good[i] else "X", markersize=7.5 if i == leaves else 5.5, zorder=3,
-            color=colour, markerfacecolor=colour if i == leaves else "white", alpha=0.35 if i > leaves else 1.0,
-        )  # fmt: skip
+            [visited[i] for i in marks], [scores[i] for i in marks], "o" if is_right else "X", color=colour, zorder=3,
+            markersize=5.5 if place else 7.5, markerfacecolor="white" if place else colour,
+            alpha=0.35 if place > 0 else 1.0,
+        ) if marks else None  # fmt: skip
     for i in set(range(len(scores))) - set(kept):
-        panel.text(visited[i], 0.06, "none\nyet", ha="center", fontsize=6.5, color=LINE, transform=panel.get_xaxis_transform())
+        words = {"ha": "center", "fontsize": 6.5, "color": LINE, "transform": panel.get_xaxis_transform()}
+        panel.text(visited[i], 0.06, "none\nyet", **words)
     panel.set_xlim(-0.5, trace.exits - 0.5)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def steps(visited: Sequence[int], thresholds: list[float]) -> tuple[list[float], list[float]]:
+    """(x, y) of a line that is level at every exit, with a gap where an exit is off."""
+    x: list[float] = []
+    y: list[float] = []
+    for k, threshold in zip(visited, thresholds, strict=True):
+        if x and x[-1] != k - 0.5:
+            x, y = [*x, float("nan")], [*y, float("nan")]
+        x, y = [*x, k - 0.5, k + 0.5], [*y, threshold, threshold]
+    return x, y
 
 
 def legend(figure: Any, names: list[str]) -> None:
@@ -195,7 +230,7 @@ def legend(figure: Any, names: list[str]) -> None:
         Line2D([], [], color=WRONG, marker="X", markerfacecolor="white", linestyle="", label="wrong, goes on"),
         Line2D([], [], color="#222222", marker="o", linestyle="", label="filled: leaves here"),
         Line2D([], [], color="#bbbbbb", marker="o", markerfacecolor="white", label="faint: never computed"),
-        Line2D([], [], color=LINE, linestyle=(0, (3, 1.2)), label=" and ".join(dict.fromkeys(names))),
+        Line2D([], [], color=LINE, linestyle=DASHES, label=" and ".join(dict.fromkeys(names))),
     ]
     figure.legend(handles=marks, loc="outside lower center", ncols=5, frameon=False, fontsize=7.5, columnspacing=1.4)
 

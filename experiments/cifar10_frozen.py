@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from offramp import DepthWeighted, Recipe, attach, measure, record, train
+from offramp import DepthWeighted, MapHead, Recipe, attach, measure, record, train
 from offramp.augment import CropFlip
 from offramp.demo import resnet56
 from offramp.tasks import load_cifar10
@@ -33,9 +33,11 @@ def main() -> None:
     options = parser.parse_args()
     weights = sorted((options.data / "checkpoints").glob("resnet56-*.th"))[0]
     torch.manual_seed(0)
-    model = attach(frozen_resnet56(weights), at=("layer1", "layer2"), head="conv", example=torch.zeros(2, 3, 32, 32))
+    model = attach(
+        frozen_resnet56(weights), at=("layer1", "layer2"), head=MapHead(convs=3), example=torch.zeros(2, 3, 32, 32)
+    )
     recipe = Recipe(
-        epochs=options.epochs, batch_size=128, lr=2e-3, schedule="cosine", weight_decay=1e-2, channels_last=True,
+        epochs=options.epochs, batch_size=128, lr=5e-3, schedule="cosine", weight_decay=1e-2, channels_last=True,
         augment=CropFlip(), frozen="backbone", seed=0,
     )  # fmt: skip
     report = train(

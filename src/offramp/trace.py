@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.artefacts import write_atomically
-from offramp.errors import DataError, FormatError, ShapeError
+from offramp.errors import DataError, FormatError, ShapeError, ValueRangeError
 from offramp.shapes import check_finite, check_labels, check_shape
 from offramp.splits import stratified_split
 
@@ -151,13 +151,26 @@ class ExitTrace:
         strata = self.labels if self.labels is not None else torch.zeros(self.rows, dtype=torch.int64)
         return tuple(self.select(rows) for rows in stratified_split(strata, tuple(shares), seed=seed))
 
-    def save(self, path: str | Path) -> Path:
-        """The path, after the trace was written to it as safetensors (atomically)."""
+    def save(self, path: str | Path, *, half: bool = False) -> Path:
+        """The path, after the trace was written to it as safetensors (atomically).
+
+        Args:
+            half: logits and signals as float16 and labels as int16, half the size; they then keep three digits.
+
+        Raises:
+            ValueRangeError: a logit is too large for float16, or a label for int16.
+        """
         tensors = {"logits": self.logits.contiguous()}
         if self.labels is not None:
             tensors["labels"] = self.labels.contiguous()
+        if half:
+            if self.classes > 32767:
+                raise ValueRangeError(f"labels of {self.classes} classes do not fit int16; use half=False.")
+            tensors["logits"] = check_finite(tensors["logits"].half(), "logits as float16")
+            if self.labels is not None:
+                tensors["labels"] = self.labels.to(torch.int16).contiguous()
         if self.signals is not None:
-            tensors["signals"] = self.signals.contiguous()
+            tensors["signals"] = (self.signals.half() if half else self.signals).contiguous()
         about = {"kind": KIND, "version": str(VERSION), "source": self.source}
         if self.ids is not None:
             about["ids"] = json.dumps(self.ids)

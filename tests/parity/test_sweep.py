@@ -59,7 +59,7 @@ def thresholded(flags):
         return tuple((Array(torch.rand(CLASSES + 2 + extra + n, generator=g) / 2),) for n in before)
 
     edges = ((0.3, 0.5, 0.7),) * EXITS
-    nearly_own = Array(torch.eye(EXITS) + 0.1 * torch.randn((EXITS, EXITS), generator=g))
+    nearly_own = Array(torch.eye(EXITS) - 0.1 * torch.ones(EXITS, EXITS).tril(-1))
     return [
         *(kind(0.6, enabled=flags) for kind in (MaxProb, MSDNet, EERO, Entropy, Margin, BERxiT, Voting)),
         Voting(0.6, 0.5, flags),
@@ -71,9 +71,9 @@ def thresholded(flags):
         ZTW(0.6, array(EXITS, EXITS), array(EXITS, CLASSES), None, flags),
         ZTW(0.6, array(EXITS, EXITS), array(EXITS, CLASSES), array(EXITS, CLASSES, CLASSES), flags),
         JEIDNN(array(EXITS, 5), 0.6, 0.5, flags),
-        Stopping(0.6, nearly_own, array(EXITS, CLASSES), None, flags),
-        Stopping(0.6, nearly_own, array(EXITS, CLASSES), array(EXITS, 4), flags),
         AccuracyBins(edges, ((0.1, 0.4, 0.6, 0.9),) * EXITS, 0.6, flags),
+        Stopping(0.6, nearly_own, array(EXITS, CLASSES), None, flags),
+        Stopping(0.6, nearly_own, array(EXITS, CLASSES), Array([[0.3, -1.0, 0.0, -0.2]] * EXITS), flags),
     ]
 
 

@@ -34,7 +34,7 @@ from offramp.trace import ExitTrace
 
 CHEAP = EENetFit(steps=20)
 WAYS = {name: (family, {**options, **({"fit": CHEAP} if family is EENet else {})})
-        for name, (family, options) in CHOICES.items()}  # fmt: skip
+        for name, (family, options) in CHOICES.items() if name != "stopping"}  # its fit is long  # fmt: skip
 #: Families with a real number at every exit or one for all, which use any budget up on rows without ties.
 SMOOTH = tuple(way for way in WAYS if way not in ("patience", "f-pabee", "voting", "accuracy-bins", "fixed"))
 

@@ -255,10 +255,11 @@ def test_certify_rows_of_another_model_are_refused():
         Calibrator(MaxProb, FIT, COSTS).to(Risk(0.05))
 
 
-SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in ("eero", "eenet", "msdnet")]
+LONG = {"eero", "eenet", "msdnet", "stopping"} & set(CHOICES)
+SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in sorted(LONG)]
 
 
-@pytest.mark.parametrize("way", [*sorted(set(CHOICES) - {"berxit", "eero", "eenet", "msdnet"}), *SLOW])
+@pytest.mark.parametrize("way", [*sorted(set(CHOICES) - LONG - {"berxit"}), *SLOW])
 def test_every_family_can_be_given_a_risk(way):
     family, options = CHOICES[way]
     options = {**options, "fit": EENetFit(steps=20)} if family is EENet else options

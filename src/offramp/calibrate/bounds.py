@@ -97,9 +97,10 @@ def upper_bound(losses: Float[Tensor, "row"], method: str, delta: float, *, leas
 
 
 def rows_needed(rate: float, epsilon: float, delta: float, *, most: int = 10_000_000) -> int | None:
-    """The smallest n at which a share `rate` of losses would be certified by the exact binomial; None if none is.
+    """A number of rows at which a share `rate` of losses is certified by the exact binomial; None if none is found.
 
-    With a rate of 0 that is ceil(log delta / log(1 - epsilon)).
+    With a rate of 0 it is the smallest, ceil(log delta / log(1 - epsilon)). With another, whole losses make the p-value
+    a sawtooth, and some smaller numbers may do; at one row less than this they do not.
     """
     if not 0 < epsilon < 1 or rate >= epsilon:
         return None

@@ -12,7 +12,7 @@ from offramp.calibrate.risk import Joint, Promise, Risk, certified, losses_of, n
 from offramp.calibrate.spend import WINDOW, Spend
 from offramp.cost import Budget, CostModel
 from offramp.errors import ShapeError, ValueRangeError
-from offramp.policies import BEEM, Entropy, Margin, MaxProb, Policy
+from offramp.policies import BEEM, Entropy, Fixed, Margin, MaxProb, Policy
 from offramp.policies.base import as_flags
 from offramp.simulate import simulate
 from offramp.sweep import Said, Sweep
@@ -49,7 +49,8 @@ class Calibrator:
             )
         self.trace = trace
         self.costs = costs
-        self.flags = (True,) * trace.exits if enabled is None else costs.visited(as_flags(enabled))
+        kept = enabled if enabled is not None or isinstance(family, type | Fixed) else family.enabled
+        self.flags = (True,) * trace.exits if kept is None else costs.visited(as_flags(kept))
         self.start, self.ladder = ladder_of(family, trace, costs, self.flags, options or Options())
         self.off = switched_off(self.start, trace)
         self._sweep = Sweep(trace, costs)
@@ -142,6 +143,10 @@ class Calibrator:
         losses = losses_of(said, certify, target.loss)
         place = certified(losses, target)
         policy = self.path()[max(0, place)]
+        if len(losses) == 1:
+            only = "the family has no policy that is cheaper than the whole model, so every row runs to the end."
+            nothing_lost = Promise(target.loss, target.used, target.epsilon, 0.0, 0.0, certify.rows, None)
+            return Calibration(policy, target, said[0].cost, "met", only, self.trace.rows, nothing_lost)
         if place <= 0:
             return self._nothing(target, certify, float(losses[min(1, len(losses) - 1)].mean()))
         promise = promise_of(losses[place], target)
@@ -227,7 +232,7 @@ class Calibrator:
 
 def _promised(promise: Promise) -> str:
     """The promise as a sentence."""
-    seen = f"it lost {100 * promise.observed:.2f} % of {promise.rows} certify rows"
+    seen = f"{100 * promise.observed:.2f} % of {promise.rows} certify rows were lost"
     what = f"{promise.loss} of at most {100 * promise.epsilon:.3g} %"
     if promise.method == "plain":
         return f"{seen}. Nothing is promised for new rows."

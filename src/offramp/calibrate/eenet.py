@@ -9,9 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from offramp.calibrate.quotas import quota_thresholds
+from offramp.calibrate.quotas import Quotas
 from offramp.calibrate.spend import Spend
-from offramp.calibrate.thresholds import leave
 from offramp.errors import DataError, ValueRangeError
 from offramp.policies.arrays import Array
 from offramp.policies.base import visits
@@ -252,26 +251,18 @@ def _fit_thresholds(
     The shares' own cost misses the budget: a softmax of sigmoids cannot leave a narrow band, and quotas are floors.
     """
     scores = walk(policy, trace).score[:-1]
-    base = torch.tensor(shares, dtype=torch.float64).clamp_min(1e-12)
+    base = torch.tensor(shares, dtype=torch.float64).clamp_min(1e-12).log()
     cost = torch.tensor(spend.cumulative, dtype=torch.float64) / spend.cumulative[-1]
-    low, high, best = -200.0, 200.0, None
-    for _ in range(60):
-        tilt = (low + high) / 2
-        tilted = torch.softmax(base.log() + tilt * cost, dim=0)
-        thresholds, on = quota_thresholds(scores, tuple(tilted.tolist()))
-        never = float(scores.max()) + 1.0 if scores.numel() else 0.0
-        usable = tuple(t if flag else never for t, flag in zip(thresholds, on, strict=True))
-        spent = spend.mean(leave(scores, usable))
-        if spent <= spend.limit:
-            low = tilt
-            if best is None or spent > best[0]:
-                best = (spent, thresholds, on)
-        else:
-            high = tilt
+
+    def tilted(knob: float) -> Tensor:
+        return torch.softmax(base + 200.0 * knob * cost, dim=0)
+
+    best = Quotas(scores).within(spend, tilted) if scores.numel() else None
     visited = visits(policy, trace.exits)
     flags = list(policy.enabled or (True,) * trace.exits)
     full = [0.0] * trace.exits
-    _, thresholds, on = best or (0.0, (float(scores.min()),) * len(scores), (True,) * len(scores))
+    always = (float(scores.min()),) * len(scores) if scores.numel() else ()
+    thresholds, on = best or (always, (True,) * len(scores))
     for k, threshold, flag in zip(visited, thresholds, on, strict=False):
         full[k], flags[k] = threshold, flag
     return replace(policy, thresholds=tuple(full), enabled=tuple(flags)), tuple(flags)

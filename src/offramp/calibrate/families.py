@@ -19,7 +19,6 @@ from offramp.calibrate.ladders import (
     StepLadder,
 )
 from offramp.calibrate.learned import GateLadder, fit_bins, fit_ztw
-from offramp.calibrate.quotas import Quotas
 from offramp.calibrate.spend import Spend
 from offramp.calibrate.stopping import StoppingFit, choose_stopping, geometric
 from offramp.cost import CostModel
@@ -48,7 +47,6 @@ from offramp.policies import (
 from offramp.policies.base import as_floats
 from offramp.policies.fpabee import divergence
 from offramp.scores import neg_entropy
-from offramp.simulate import walk
 from offramp.trace import ExitTrace
 
 __all__ = ["MAKERS", "EENetLadder", "Options", "Weights", "beem_weights", "ladder_of", "plain_flags", "switched_off"]
@@ -178,11 +176,9 @@ def _pcee(value: Any, trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...
     return start, RunLadder.of(start, trace, flags, scores, make, range(1, max(2, len(scores))))
 
 
-def _quotas(kind: Any, shares: Any, trace: ExitTrace, flags: tuple[bool, ...]) -> _Made:
+def _quotas(kind: Any, shares_for: Any, trace: ExitTrace, flags: tuple[bool, ...]) -> _Made:
     start = kind(thresholds=(ALWAYS,) * trace.exits, enabled=plain_flags(flags))
-    walked = walk(start, trace)
-    quotas = Quotas(walked.score[:-1]) if len(walked.visited) > 1 else None
-    return start, QuotaLadder(start, flags, quotas, walked.visited, trace.exits, shares)
+    return start, QuotaLadder(start, trace, flags, shares_for)
 
 
 def _msdnet(value: Any, trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...], options: Options) -> _Made:
@@ -190,14 +186,15 @@ def _msdnet(value: Any, trace: ExitTrace, costs: CostModel, flags: tuple[bool, .
 
 
 def _eero(value: Any, trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...], options: Options) -> _Made:
-    errors = 1 - torch.tensor(trace.accuracy(), dtype=torch.float64)[[k for k, on in enumerate(flags) if on]]
+    errors = 1 - torch.tensor(trace.accuracy(), dtype=torch.float64)
 
-    def shares(knob: float, spend: Spend) -> Float[Tensor, "visit"]:
+    def shares_for(spend: Spend) -> Callable[[float], Float[Tensor, "visit"]]:
         cost = torch.tensor(spend.cumulative, dtype=torch.float64)
+        base, cost = -options.beta * errors[list(spend.visited)], cost / cost[-1]
         # mu from one end to the other, by the cost's own scale
-        return torch.softmax(-options.beta * errors + 200.0 * knob * cost / cost[-1], dim=0)
+        return lambda knob: torch.softmax(base + 200.0 * knob * cost, dim=0)
 
-    return _quotas(EERO, shares, trace, flags)
+    return _quotas(EERO, shares_for, trace, flags)
 
 
 def _jei(value: Any, trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...], options: Options) -> _Made:

@@ -4,7 +4,7 @@ A ladder is made once for a trace and asked for many budgets; what does not depe
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -75,40 +75,49 @@ class SharedLadder:
 class QuotaLadder:
     """Thresholds by sequential quotas; the shares depend on one number that is found for the budget.
 
+    An exit whose quota is no row is switched off, and the shares are found again without the cost of its head.
+
     Args:
-        shares: from a number in [-1, 1] to shares of the visited exits; a larger number costs more.
+        start: the policy that lets every row leave.
+        shares_for: from what shares cost to a function of a number in [-1, 1] that gives the shares of the visited
+            exits; a larger number costs more.
     """
 
     start: Any
+    trace: ExitTrace
     flags: tuple[bool, ...]
-    quotas: Quotas | None
-    visited: tuple[int, ...]
-    exits: int
-    shares: Callable[[float, Spend], Float[Tensor, "visit"]]
+    shares_for: Callable[[Spend], Callable[[float], Float[Tensor, "visit"]]]
     rungs: int = 60
+    _kept: dict[tuple[bool, ...], tuple[Quotas, tuple[int, ...]]] = field(default_factory=dict, compare=False)
 
     def at(self, spend_of: SpendOf) -> Policy:
         """See `Ladder`."""
-        if self.quotas is None:
-            return self.start
-        spend = spend_of(self.flags)
-        found = self.quotas.within(spend, lambda knob: self.shares(knob, spend))
-        if found is None:
-            return self.start
-        thresholds, on = found
-        enabled = list(self.flags)
-        for k, flag in zip(self.visited, on, strict=False):
-            enabled[k] = flag
-        # an exit whose quota is no row keeps its head: switching it off would change what the shares cost
-        never = float(self.quotas.scores.max()) + 1.0
-        used = tuple(t if flag else never for t, flag in zip(thresholds, on, strict=True))
-        kept = replace(self.start, thresholds=full_thresholds(used, self.visited, self.exits))
-        off = replace(
-            self.start,
-            thresholds=full_thresholds(thresholds, self.visited, self.exits),
-            enabled=None if all(enabled) else tuple(enabled),
-        )
-        return kept if all(on) else off
+        flags, found = self.flags, self.start
+        while sum(flags) > 1:
+            quotas, visited = self._quotas(flags)
+            spend = spend_of(flags)
+            made = quotas.within(spend, self.shares_for(spend))
+            if made is None:
+                return found
+            thresholds, on = made
+            enabled = list(flags)
+            for k, flag in zip(visited, on, strict=False):
+                enabled[k] = flag
+            flags = tuple(enabled)
+            found = replace(
+                self.start,
+                thresholds=full_thresholds(thresholds, visited, self.trace.exits),
+                enabled=None if all(flags) else flags,
+            )
+            if all(on):
+                break
+        return found
+
+    def _quotas(self, flags: tuple[bool, ...]) -> tuple[Quotas, tuple[int, ...]]:
+        if flags not in self._kept:
+            walked = walk(replace(self.start, enabled=flags), self.trace)
+            self._kept[flags] = (Quotas(walked.score[:-1]), walked.visited)
+        return self._kept[flags]
 
 
 @dataclass(frozen=True)
@@ -146,13 +155,14 @@ class RunLadder:
     """Policies that count exits in a row with a score past tau (PCEE, F-PABEE): tau for the budget, for every count.
 
     A row leaves after m exits in a row past tau, so at one threshold on the smallest score of the last m. Among the
-    counts that use the budget up, the one that is most often right on the trace is taken.
+    counts that use the budget up, the one that is most often right on the trace is taken; where none does, the one that
+    spends most. Without classes to be right about, the smallest count.
     """
 
     start: Any
     flags: tuple[bool, ...]
     runs: tuple[tuple[int, SharedScores], ...]
-    right: Tensor  # bool [visit row]
+    right: Tensor | None  # bool [visit row]
     make: Callable[[int, float], Policy]
     rungs: int = 100
 
@@ -163,7 +173,9 @@ class RunLadder:
     ) -> "RunLadder":  # fmt: skip
         """The ladder over some counts, of the scores of every visited exit (the last is not used)."""
         visited = [k for k, on in enumerate(flags) if on]
-        right = trace.logits[visited].argmax(dim=-1) == trace.known_labels(type(start).__name__)
+        right = None
+        if getattr(start, "task", "classes") == "classes":
+            right = trace.logits[visited].argmax(dim=-1) == trace.known_labels(type(start).__name__)
         runs = tuple((m, SharedScores(_lowest_of(scores[:-1], m))) for m in counts if m <= len(scores) - 1)
         return cls(start, flags, runs, right, make)
 
@@ -174,9 +186,12 @@ class RunLadder:
             fitted = scores.fit(spend, apart=False)
             if fitted is None:
                 continue
-            stop = torch.cat([scores.scores >= fitted.thresholds[0], torch.ones_like(self.right[:1])])
-            right = float(self.right.gather(0, stop.int().argmax(dim=0)[None]).double().mean())
-            found.append((fitted.cost >= WINDOW * spend.amount, right, -count, fitted.thresholds[0]))
+            right = 0.0
+            if self.right is not None:
+                stop = torch.cat([scores.scores >= fitted.thresholds[0], torch.ones_like(self.right[:1])])
+                right = float(self.right.gather(0, stop.int().argmax(dim=0)[None]).double().mean())
+            used_up = fitted.cost >= WINDOW * spend.amount
+            found.append((used_up, right if used_up else fitted.cost, -count, fitted.thresholds[0]))
         if not found:
             return self.start
         _, _, count, tau = max(found)

@@ -18,7 +18,7 @@ from offramp.policies.jeidnn import JEIDNN, gate_features
 from offramp.scores import max_prob
 from offramp.trace import ExitTrace
 
-__all__ = ["GateLadder", "fit_bins", "fit_ztw", "logistic", "minimise", "some_rows"]
+__all__ = ["GateLadder", "fit_bins", "fit_ztw", "logistic", "minimise", "multinomial", "some_rows"]
 
 #: Rows beyond these are left out of fits (not of thresholds), by seed.
 MAX_ROWS = 10_000
@@ -128,6 +128,33 @@ def logistic(
         beta = beta - size * step
         before, now = now, loss(beta)
         if before - now < 1e-10 * (1 + abs(float(now))):
+            break
+    return beta.float()
+
+
+def multinomial(
+    inputs: Float[Tensor, "row cls par"], labels: Tensor, centre: Float[Tensor, "par"], ridge: float
+) -> Float[Tensor, "par"]:
+    """Parameters b of logits `inputs @ b`, by Newton's method on mean cross-entropy plus ridge/2 |b - centre|^2."""
+    x, y = inputs.double(), F.one_hot(labels, inputs.shape[1]).double()
+    beta, eye = centre.double(), ridge * torch.eye(inputs.shape[2], dtype=torch.float64)
+    rows = len(x)
+
+    def loss(b: Tensor) -> Tensor:
+        return F.cross_entropy(x @ b, labels) + 0.5 * (b - centre) @ eye @ (b - centre)
+
+    now = loss(beta)
+    for _ in range(30):
+        p = torch.softmax(x @ beta, dim=-1)
+        gradient = torch.einsum("ncp,nc->p", x, p - y) / rows + eye @ (beta - centre)
+        mean = torch.einsum("ncp,nc->np", x, p)
+        hessian = (torch.einsum("ncp,nc,ncq->pq", x, p, x) - mean.T @ mean) / rows + eye
+        step, size = torch.linalg.solve(hessian, gradient), 1.0
+        while size > 1e-4 and loss(beta - size * step) > now:
+            size /= 2
+        beta = beta - size * step
+        before, now = now, loss(beta)
+        if before - now < 1e-9 * (1 + abs(float(now))):
             break
     return beta.float()
 

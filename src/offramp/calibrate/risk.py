@@ -41,8 +41,8 @@ class Risk:
     Jazbec et al. 2024 (Fast yet Safe) for early exits.
     """
 
-    epsilon: float
-    delta: float = 0.1
+    epsilon: float | int
+    delta: float | int = 0.1
     loss: Loss = "drop"
     method: Method = "auto"
 
@@ -187,7 +187,31 @@ def promise_of(losses: Float[Tensor, "row"], risk: Risk, *, needed: int | None =
 
 
 def needed_rows(rate: float, risk: Risk) -> int | None:
-    """About how many certify rows a policy with this loss needs; for betting the binomial's number is a lower bound."""
+    """About how many certify rows a policy with this mean loss needs; None where no number would do."""
+    rate = max(0.0, rate)
+    if risk.used == "plain":
+        return 1 if rate <= risk.epsilon else None
+    if rate >= risk.epsilon:
+        return None
     if risk.used == "crc":
-        return math.ceil((1 - risk.epsilon) / (risk.epsilon - rate)) if rate < risk.epsilon else None
-    return rows_needed(max(0.0, rate), risk.epsilon, risk.delta)
+        return math.ceil((1 - risk.epsilon) / (risk.epsilon - rate))
+    return rows_needed(rate, risk.epsilon, risk.delta) if risk.used == "ltt" else _betting_rows(rate, risk)
+
+
+def _betting_rows(rate: float, risk: Risk, most: int = 2_000_000) -> int | None:
+    """The same for betting, by trying it on losses that are spread evenly."""
+
+    def enough(rows: int) -> bool:
+        steps = torch.arange(1, rows + 1, dtype=torch.float64)
+        losses = (steps * rate).floor() - ((steps - 1) * rate).floor()
+        return float(betting_p(losses, risk.epsilon, risk.delta, least=risk.least)) <= risk.delta
+
+    low, high = 0, 64
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > most:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

@@ -1,17 +1,15 @@
 """Fitting `Stopping`: mixtures by cross-entropy, values backwards from the last exit, parts by cross-validation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from offramp.calibrate.ladders import ALWAYS, Ladder, QuotaLadder, SharedLadder, SpendOf
-from offramp.calibrate.learned import logistic, minimise, some_rows
-from offramp.calibrate.quotas import Quotas
+from offramp.calibrate.learned import logistic, multinomial, some_rows
 from offramp.calibrate.spend import Spend
 from offramp.cost import Budget, CostModel
 from offramp.policies import Array, Policy, Stopping
@@ -60,7 +58,7 @@ class StoppingFit:
 
     candidates: tuple[Candidate, ...] = CANDIDATES
     folds: int = 5
-    margin: float = 0.5
+    margin: float = 1.0
     ridge: float = 1e-2
     budgets: tuple[float, ...] = (0.15, 0.3, 0.45, 0.6, 0.8)
     seed: int = 0
@@ -84,25 +82,22 @@ def fit_mixture(
     visited = [k for k, on in enumerate(flags) if on]
     said = torch.log_softmax(trace.logits[visited], dim=-1).transpose(0, 1)
     for place, k in enumerate(visited):
-        seen, own = said[:, : place + 1], torch.zeros(place + 1)
+        own = torch.zeros(place + 1 + (classes if bias else 0))
         own[place] = 1.0
-
-        def loss(p: Tensor, seen: Tensor = seen, own: Tensor = own, count: int = place + 1) -> Tensor:
-            logits = (seen * p[:count, None]).sum(dim=1) + (p[count:] if bias else 0.0)
-            pull = (p[:count] - own).square().sum() + p[count:].square().sum()
-            return F.cross_entropy(logits, labels) + ridge * pull
-
-        found = minimise(loss, torch.cat([own, torch.zeros(classes if bias else 0)]))
+        inputs = said[:, : place + 1].transpose(1, 2)  # [row cls visit]
+        if bias:
+            inputs = torch.cat([inputs, torch.eye(classes).expand(trace.rows, classes, classes)], dim=2)
+        found = multinomial(inputs, labels, own, 2 * ridge)
         weights[k, visited[: place + 1]] = found[: place + 1]
         if bias:
             biases[k] = found[place + 1 :]
     return weights, biases
 
 
-def geometric(knob: float, spend: Spend) -> Float[Tensor, "visit"]:
+def geometric(spend: Spend) -> Callable[[float], Float[Tensor, "visit"]]:
     """Shares of the visited exits proportional to q^k, q from 1e-4 to 1e4 evenly in its logarithm over [-1, 1]."""
     place = torch.arange(1, len(spend.visited) + 1, dtype=torch.float64)
-    return torch.softmax(place * knob * 9.2103, dim=0)
+    return lambda knob: torch.softmax(place * knob * 9.2103, dim=0)
 
 
 @dataclass(frozen=True)
@@ -196,9 +191,7 @@ def _ladder(
         return start, ValueLadder(start, trace, costs, flags)
     if candidate.rule == "shared":
         return start, SharedLadder.of(start, trace, flags)
-    walked = walk(start, trace)
-    quotas = Quotas(walked.score[:-1]) if len(walked.visited) > 1 else None
-    return start, QuotaLadder(start, flags, quotas, walked.visited, trace.exits, geometric)
+    return start, QuotaLadder(start, trace, flags, geometric)
 
 
 def _preferred(trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...], fit: StoppingFit) -> Candidate:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from offramp.pools import Pool
     from offramp.trace import ExitTrace
 
-__all__ = ["compare"]
+__all__ = ["compare", "value_of"]
 
 
 def compare(
@@ -87,7 +87,7 @@ def compare(
     )  # fmt: skip
     with Meter("comparing", len(names) * len(pools), show=not is_quiet()) as meter:
         found = compare_pools(pools, count, prices, targets, names, metric=metric.value, progress=meter.advance)
-    value = _value(found, pools, rows if len(pools) > 1 else pools[0].test, prices, how)
+    value = value_of(found, pools, rows if len(pools) > 1 else pools[0].test, prices, how)
     if html is not None:
         from offramp.report.frontier import write_frontier
 
@@ -151,7 +151,7 @@ def _pools(
     return pools, rows.rows, how + (" (half of the first certifies)" if promises else "")
 
 
-def _value(
+def value_of(
     found: "Sequence[Compared]", pools: "Sequence[Pool]", judged: "ExitTrace", costs: "CostModel", how: str
 ) -> dict[str, Any]:
     """Everything that was found, as JSON. `judged` are all rows that some pool tested."""
