@@ -1,0 +1,151 @@
+"""Stopping: mixtures lower the cross-entropy, values are worth having where they are, and max-prob is the fall-back."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from offramp import Budget, CostModel, DataError, ExitTrace, MaxProb, Stopping, calibrate
+from offramp.calibrate import Calibrator, Options
+from offramp.calibrate.learned import logistic, multinomial
+from offramp.calibrate.stopping import CANDIDATES, Candidate, StoppingFit, fit_mixture
+from offramp.policies.stopping import value_features
+from offramp.simulate import simulate
+
+COSTS = CostModel.from_costs((0.25, 0.5, 0.75, 1.0))
+TRACES = Path(__file__).parents[1] / "traces"
+
+
+def made(rows: int, *, own_noise: float, seed: int = 0) -> ExitTrace:
+    """Exits with errors of their own, so that several together know more than the last alone."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (rows,), generator=g)
+    truth = F.one_hot(labels, 3) * 2.0 * torch.rand(rows, 1, generator=g)
+    shared = torch.randn(rows, 3, generator=g)
+    depth = torch.tensor([0.7, 0.9, 1.1, 1.2])[:, None, None]
+    return ExitTrace(depth * truth + 0.3 * shared + own_noise * torch.randn(4, rows, 3, generator=g), labels)
+
+
+def only(mixture: str, rule: str) -> Options:
+    return Options(stopping=StoppingFit(candidates=(Candidate(mixture, rule),)))
+
+
+def test_without_a_mixture_and_values_it_is_max_prob():
+    trace, test = made(800, own_noise=1.0), made(900, own_noise=1.0, seed=1)
+    for fraction in (0.3, 0.6, 0.9):
+        ours = Calibrator(Stopping, trace, COSTS, only("own", "shared")).to(Budget(fraction=fraction)).policy
+        theirs = calibrate(MaxProb, trace, COSTS, Budget(fraction=fraction)).policy
+        assert ours.thresholds == pytest.approx(theirs.thresholds, abs=1e-6)
+        a, b = simulate(ours, test, COSTS), simulate(theirs, test, COSTS)
+        assert (a.exit == b.exit).double().mean() > 0.995
+        assert a.accuracy == pytest.approx(b.accuracy, abs=3e-3)
+
+
+def test_a_mixture_knows_more_than_an_exit_where_errors_are_their_own():
+    trace, test = made(1500, own_noise=1.5), made(3000, own_noise=1.5, seed=1)
+    weights, biases = fit_mixture(trace, (True,) * 4, 1e-3, bias=True)
+    assert torch.equal(weights, weights.tril())
+    said = torch.log_softmax(test.logits, dim=-1)
+    for k in range(1, 4):
+        mixed = torch.einsum("j,jnc->nc", weights[k], said) + biases[k]
+        assert F.cross_entropy(mixed, test.labels) < F.cross_entropy(test.logits[k], test.labels) - 0.05
+    target = Budget(fraction=0.7)
+    found = calibrate(Stopping, trace, COSTS, target)
+    assert found.policy.weights.tensor(torch.device("cpu"))[3, 0] > 0.1
+    plain = calibrate(MaxProb, trace, COSTS, target)
+    ours, theirs = simulate(found.policy, test, COSTS), simulate(plain.policy, test, COSTS)
+    assert ours.accuracy > theirs.accuracy + 0.02
+    assert abs(ours.cost - theirs.cost) < 0.03
+
+
+def test_where_nothing_beats_max_prob_it_is_max_prob():
+    """Later exits know all that earlier ones do, and one threshold is as good as any: nothing can be gained."""
+    g = torch.Generator().manual_seed(3)
+    labels = torch.randint(3, (2000,), generator=g)
+    last = F.one_hot(labels, 3) * 2.0 + torch.randn(2000, 3, generator=g)
+    trace = ExitTrace(torch.stack([last] * 4), labels)
+    found = calibrate(Stopping, trace, COSTS, Budget(fraction=0.6)).policy
+    assert found.values is None
+    assert torch.equal(found.weights.tensor(torch.device("cpu")), torch.eye(4))
+
+
+@pytest.mark.parametrize("rule", ["shared", "shares", "value"])
+@pytest.mark.parametrize("mixture", ["own", "weights", "full"])
+@pytest.mark.parametrize("flags", [None, (False, True, True, True)])
+def test_every_candidate_meets_budgets_from_below(mixture, rule, flags):
+    trace = made(600, own_noise=1.0)
+    calibrator = Calibrator(Stopping, trace, COSTS, only(mixture, rule), enabled=flags)
+    for fraction in (0.55, 0.7, 0.85):
+        found = calibrator.to(Budget(fraction=fraction))
+        assert found.status == "met", found.message
+        assert 0.98 * fraction <= found.achieved <= fraction * (1 + 1e-9)
+        assert simulate(found.policy, trace, COSTS).cost == pytest.approx(found.achieved)
+
+
+def test_a_dear_exit_that_gains_nothing_is_passed_by():
+    """Exit 1 is no better than exit 0, exit 2 is right: the value of going on sees past exit 1, a shared threshold
+    cannot."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(2, (4000,), generator=g)
+    weak = F.one_hot(labels, 2) * 1.0 + torch.randn(4000, 2, generator=g)
+    strong = F.one_hot(labels, 2) * 6.0 + torch.randn(4000, 2, generator=g)
+    trace = ExitTrace(torch.stack([weak, weak + 0.5 * torch.randn(4000, 2, generator=g), strong, strong]), labels)
+    target = Budget(fraction=0.5)
+    value = Calibrator(Stopping, trace, COSTS, only("own", "value")).to(target).policy
+    shared = Calibrator(Stopping, trace, COSTS, only("own", "shared")).to(target).policy
+    ours, theirs = simulate(value, trace, COSTS), simulate(shared, trace, COSTS)
+    assert ours.shares[1] < theirs.shares[1]
+    assert ours.accuracy > theirs.accuracy + 0.01
+
+
+def test_it_is_deterministic_and_round_trips_with_its_parts():
+    trace = made(400, own_noise=1.5)
+    one, two = (calibrate(Stopping, trace, COSTS, Budget(fraction=0.6)).policy for _ in range(2))
+    assert one == two
+    kept = calibrate(replace(one, thresholds=0.0), trace, COSTS, Budget(fraction=0.4)).policy
+    assert (kept.weights, kept.biases, kept.values) == (one.weights, one.biases, one.values)
+
+
+def test_the_first_candidate_is_max_prob_and_labels_are_needed():
+    assert CANDIDATES[0] == Candidate("own", "shared")
+    with pytest.raises(DataError, match="Stopping"):
+        calibrate(Stopping, ExitTrace(torch.randn(4, 20, 3)), COSTS, Budget(fraction=0.6))
+
+
+def test_value_features_by_hand():
+    p = torch.tensor([0.5, 0.9, 1.0])
+    seen = value_features(p.log(), torch.tensor([True, False, True]))
+    odds = [0.0, math.log(9.0), 8.0]
+    for row, value, same in zip(seen.tolist(), odds, (1.0, 0.0, 1.0), strict=True):
+        assert row == pytest.approx([1.0, value / 3, value**2 / 9, same], abs=1e-4)
+
+
+def test_multinomial_with_one_parameter_is_a_temperature():
+    """The best scale of logits is where the derivative of the cross-entropy is zero."""
+    trace = made(2000, own_noise=1.0)
+    logits = 3.0 * trace.logits[0]
+    (scale,) = multinomial(logits[:, :, None], trace.labels, torch.ones(1), 1e-9).tolist()
+    around = [float(F.cross_entropy(logits * s, trace.labels)) for s in (scale - 0.01, scale, scale + 0.01)]
+    assert around[1] == min(around)
+    assert scale < 0.9
+
+
+def test_logistic_with_a_bias_alone_gives_the_rate():
+    (bias,) = logistic(torch.ones(200, 1), (torch.arange(200) < 50).float(), 1e-9).tolist()
+    assert 1 / (1 + math.exp(-bias)) == pytest.approx(0.25, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sst2", "mrpc"])
+def test_on_real_traces_it_is_no_worse_than_max_prob_beyond_noise(name):
+    trace, costs = ExitTrace.load(TRACES / f"{name}.safetensors"), CostModel.load(TRACES / f"{name}-costs.json")
+    fit, test = trace.split((0.5, 0.5), seed=5)
+    ours, theirs = Calibrator(Stopping, fit, costs), Calibrator(MaxProb, fit, costs)
+    difference = [
+        simulate(ours.to(b).policy, test, costs).accuracy - simulate(theirs.to(b).policy, test, costs).accuracy
+        for b in (Budget(fraction=f) for f in (0.4, 0.6, 0.8))
+    ]
+    assert sum(difference) / 3 > -0.02
