@@ -298,7 +298,10 @@ def slow_error_rate(policy, trace: ExitTrace, target: ErrorRate):
     return thresholds, enabled
 
 
-@pytest.mark.parametrize("target", [ErrorRate(), ErrorRate(rows="same"), ErrorRate(confidence=0.9)], ids=str)
+WAYS_TO_ERR = [ErrorRate(rows=rows, confidence=sure) for rows in ("all", "same") for sure in (None, 0.9)]
+
+
+@pytest.mark.parametrize("target", WAYS_TO_ERR, ids=repr)
 @pytest.mark.parametrize("seed", range(3))
 def test_error_rate_against_a_slow_loop(target, seed):
     trace = synthetic(4, 3, 150, seed=seed)
@@ -363,7 +366,7 @@ def test_no_exit_qualifies(shared):
 
 
 def test_error_rate_settings_are_checked():
-    for bad in ({"confidence": 0.3}, {"confidence": 1.0}, {"confidence": 0.9, "rows": "same"}):
+    for bad in ({"confidence": 0.3}, {"confidence": 1.0}, {"confidence": 0.9, "rows": "some"}):
         with pytest.raises(ValueRangeError):
             ErrorRate(**bad)
 

@@ -25,7 +25,7 @@ class ErrorRate:
         rows: the final exit's error rate on "all" rows, or on the "same" rows that leave.
         shared: one threshold for all exits, for all rows that leave early together; otherwise one per exit.
         confidence: None compares plain rates. A number such as 0.95 asks that the one-sided Clopper-Pearson upper bound
-            of the rate is not above; it needs rows="all".
+            of the rate is not above. With rows="same" the final exit's rate on those rows is taken as known.
 
     Source: Bajpai and Hanawal 2025 (BEEM), abstract and section 3: thresholds are set from error rates "aiming to
     surpass" the final exit. The paper's exact procedure could not be read; this is ours.
@@ -38,8 +38,8 @@ class ErrorRate:
     def __post_init__(self) -> None:
         if self.rows not in ("all", "same"):
             raise ValueRangeError(f"rows is {self.rows!r}; expected 'all' or 'same'.")
-        if self.confidence is not None and (not 0.5 <= self.confidence < 1 or self.rows == "same"):
-            raise ValueRangeError(f"confidence={self.confidence} needs 0.5 <= confidence < 1 and rows='all'.")
+        if self.confidence is not None and not 0.5 <= self.confidence < 1:
+            raise ValueRangeError(f"confidence is {self.confidence!r}; expected None or a number from 0.5 to below 1.")
 
     def __str__(self) -> str:
         return f"error rate of leaving rows at most the final exit's on {self.rows} rows"
