@@ -204,22 +204,23 @@ def test_a_smaller_risk_costs_more():
 
 
 def test_too_few_rows_say_how_many_are_needed():
-    for loss in ("drop", "disagreement", "signed drop"):
+    for loss, needed in (("drop", 230), ("disagreement", 230), ("signed drop", 318)):
         made = SHARED.to(Risk(0.01, loss=loss), synthetic(4, 5, 10, seed=1))
         assert made.status == "infeasible"
-        assert "10 certify rows are too few: even without any loss 230 are needed" in made.message
+        assert f"10 certify rows are too few: even without any loss {needed} are needed" in made.message
         assert visits(made.policy, 4) == (3,)
         assert made.achieved == 1.0
         assert (made.promise.rows, made.promise.bound, made.promise.delta) == (10, None, 0.0)
 
 
-def test_one_row_fewer_than_needed_and_as_many():
-    labels = torch.arange(230) % 5
+@pytest.mark.parametrize(("loss", "needed"), [("drop", 230), ("disagreement", 230), ("signed drop", 318)])
+def test_one_row_fewer_than_needed_and_as_many(loss, needed):
+    labels = torch.arange(needed) % 5
     sure = ExitTrace((5 * one_hot(labels, 5)).float().expand(4, -1, -1), labels=labels)
-    assert SHARED.to(Risk(0.01), sure).status == "met"
-    short = SHARED.to(Risk(0.01), sure.select(torch.arange(229)))
+    assert SHARED.to(Risk(0.01, loss=loss), sure).status == "met"
+    short = SHARED.to(Risk(0.01, loss=loss), sure.select(torch.arange(needed - 1)))
     assert short.status == "infeasible"
-    assert "229 certify rows are too few: even without any loss 230" in short.message
+    assert f"{needed - 1} certify rows are too few: even without any loss {needed}" in short.message
 
 
 def test_a_risk_of_nothing_is_infeasible():

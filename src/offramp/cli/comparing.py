@@ -21,7 +21,7 @@ from offramp.cli.options import (
     usage,
 )
 from offramp.cli.show import compared, compared_rows, is_quiet, line, note, percent, result, table
-from offramp.cli.targets import BUDGETS, budgets_of, families_of, place_of, targets_of
+from offramp.cli.targets import BUDGETS, budgets_of, families_of, known_families, place_of, targets_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,7 +79,7 @@ def compare(
 
     place = place_of(trace, costs)
     rows, prices = place.load()
-    names = _known(names, rows) if policies == "all" else names
+    names = known_families(names, rows) if policies == "all" else names
     judge = test if test is not None else place.test
     pools, count, how = _pools(
         rows, None if judge is None or split is not None else ExitTrace.load(judge),
@@ -105,16 +105,6 @@ def _tell(found: "Sequence[Compared]", value: dict[str, Any], how: str, html: Pa
     note("status is that of the calibration; cost and accuracy are of the rows that it did not see.")
     if html is not None:
         line(f"wrote {html}")
-
-
-def _known(names: tuple[str, ...], rows: "ExitTrace") -> tuple[str, ...]:
-    """The names less those whose signals the trace lacks."""
-    from offramp.choices import families_for
-
-    known = families_for(rows)
-    if left := [name for name in names if name not in known]:
-        note(f"note: {', '.join(left)} left out: the trace has no signals. `offramp certainty RUN` learns them.")
-    return tuple(name for name in names if name in known)
 
 
 def _pools(

@@ -8,7 +8,7 @@ import typer
 
 from offramp.cli.options import DataOption, JsonOption, Metric, RunArgument, SeedOption, check_out, whole_numbers
 from offramp.cli.show import is_quiet, line, note, percent, percents, result, table
-from offramp.cli.targets import budgets_of, families_of, place_of
+from offramp.cli.targets import budgets_of, families_of, known_families, place_of
 from offramp.errors import DataError, MissingExtra
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["report"]
 
+HEADLINE = "max-prob,entropy,patience,beem-c,beem-a,eenet"  # of `offramp.compare`; a page of all is hard to read
 MOST_POLICIES = 8
 TIMED_ROWS = 256
 
@@ -35,7 +36,7 @@ def report(
     budgets: Annotated[
         str, typer.Option(help="Of the curve, parts of the plain model's cost: FIRST:LAST:STEP, or with commas.")
     ] = "0.3:0.9:0.1",
-    policies: Annotated[str, typer.Option(help="Families of the curve: all, or names with commas.")] = "all",
+    policies: Annotated[str, typer.Option(help="Families of the curve: all, or names with commas.")] = HEADLINE,
     fraction: Annotated[
         float, typer.Option(help="The budget that is shown and timed where the run has no calibrated policies.")
     ] = 0.5,
@@ -65,8 +66,8 @@ def report(
     from offramp.report import to_picture, write_html
 
     made = _made(
-        place, data, families, fractions, sizes, fraction=fraction, metric=metric.value, seconds=seconds, timing=timing,
-        title=title, repeats=repeats, seed=seed,
+        place, data, families, policies == "all", fractions, sizes, fraction=fraction, metric=metric.value,
+        seconds=seconds, timing=timing, title=title, repeats=repeats, seed=seed,
     )  # fmt: skip
     write_html(made, path)
     made.save(path.with_suffix(".json"))
@@ -89,8 +90,9 @@ def _needs(package: str, what: str) -> None:
 
 
 def _made(
-    place: "Place", data: Path | None, families: tuple[str, ...], fractions: tuple[float, ...], sizes: tuple[int, ...],
-    *, fraction: float, metric: str, seconds: float, timing: bool, title: str | None, repeats: int, seed: int,
+    place: "Place", data: Path | None, families: tuple[str, ...], every: bool, fractions: tuple[float, ...],
+    sizes: tuple[int, ...], *, fraction: float, metric: str, seconds: float, timing: bool, title: str | None,
+    repeats: int, seed: int,
 ) -> "Report":  # fmt: skip
     from offramp.cli.opening import run_as_bundle
     from offramp.report import build_report
@@ -99,6 +101,7 @@ def _made(
 
     opened = run_as_bundle(place.run, data, "cpu")  # type: ignore[arg-type]
     fit, costs = place.load()
+    families = known_families(families, fit) if every else families
     test = fit if place.test is None else ExitTrace.load(place.test)
     curve = _curve(fit, place, costs, families, fractions, metric, repeats, seed)
     shown, values = _shown(opened, fit, test, place, costs, curve, families, fraction, metric, repeats, seed)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.cli.options import Family, usage
+from offramp.cli.show import note
 from offramp.errors import FormatError
 
 if TYPE_CHECKING:
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
     from offramp.cost import CostModel
     from offramp.trace import ExitTrace
 
-__all__ = ["BUDGETS", "Place", "budgets_of", "families_of", "place_of", "risk_of", "target_of", "targets_of"]
+__all__ = [
+    "BUDGETS", "Place", "budgets_of", "families_of", "known_families", "place_of", "risk_of", "target_of", "targets_of",
+]  # fmt: skip
 
 BUDGETS = "0.3:0.9:0.1"
 
@@ -158,6 +161,16 @@ def families_of(text: str) -> tuple[str, ...]:
     if unknown:
         raise usage(f"--policies has {unknown[0]!r}; expected all, or some of {', '.join(known)} with commas.")
     return names
+
+
+def known_families(names: tuple[str, ...], rows: "ExitTrace") -> tuple[str, ...]:
+    """The names less those whose signals the trace lacks, which a note tells."""
+    from offramp.choices import families_for
+
+    known = families_for(rows)
+    if left := [name for name in names if name not in known]:
+        note(f"note: {', '.join(left)} left out: the trace has no signals. `offramp certainty RUN` learns them.")
+    return tuple(name for name in names if name in known)
 
 
 def budgets_of(text: str, option: str = "--budgets") -> tuple[float, ...]:
