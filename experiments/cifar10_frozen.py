@@ -1,6 +1,5 @@
 """CIFAR-10 exits on a frozen network: the public ResNet-56 weights, a convolutional head after each of its first two
-block groups, six epochs of the heads alone. Writes a run like `offramp train` does not: the trace of the test rows and
-the costs.
+block groups, six epochs of the heads alone, and a learned certainty. Writes the trace of the test rows and the costs.
 
     python experiments/cifar10_frozen.py --data DIR --out runs/cifar10-frozen        # about 25 minutes on one core
 """
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from offramp import DepthWeighted, MapHead, Recipe, attach, measure, record, train
+from offramp import DepthWeighted, MapHead, Recipe, attach, learn_certainty, measure, record, train
 from offramp.augment import CropFlip
 from offramp.demo import resnet56
 from offramp.tasks import load_cifar10
@@ -40,10 +39,12 @@ def main() -> None:
         epochs=options.epochs, batch_size=128, lr=5e-3, schedule="cosine", weight_decay=1e-2, channels_last=True,
         augment=CropFlip(), frozen="backbone", seed=0,
     )  # fmt: skip
+    rows = load_cifar10(options.data, "train")
     report = train(
-        model, load_cifar10(options.data, "train"), objective=DepthWeighted(), recipe=recipe,
+        model, rows, objective=DepthWeighted(), recipe=recipe,
         checkpoint=options.out / "checkpoint",
     )  # fmt: skip
+    learn_certainty(model, rows, batch_size=256)
     record(model, load_cifar10(options.data, "test"), batch_size=250).save(options.out / "test.safetensors")
     measure(model, torch.zeros(2, 3, 32, 32)).save(options.out / "costs.json")
     (options.out / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")

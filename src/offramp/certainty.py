@@ -16,6 +16,7 @@ from offramp.graph import eval_mode
 from offramp.loaders import as_data, as_loader
 from offramp.meter import Meter
 from offramp.model import MultiExitModel
+from offramp.quality import auroc
 from offramp.record import to_device
 from offramp.shapes import check_finite, check_labels
 
@@ -129,8 +130,8 @@ def learn_certainty(
         right=tuple(right.double().mean(dim=1).tolist()),
         error_before=_errors(before, right),
         error=_errors(after, right),
-        auroc_before=tuple(map(_auroc, before, right)),
-        auroc=tuple(map(_auroc, after, right)),
+        auroc_before=tuple(map(auroc, before, right)),
+        auroc=tuple(map(auroc, after, right)),
     )
 
 
@@ -313,14 +314,3 @@ def _scale(x: Float[Tensor, "row dim"]) -> tuple[Float[Tensor, "dim"], Float[Ten
 
 def _errors(certainty: Sequence[Tensor], right: Tensor) -> tuple[float, ...]:
     return tuple(float(F.mse_loss(each.double(), right[k].double())) for k, each in enumerate(certainty))
-
-
-def _auroc(score: Float[Tensor, "row"], right: Bool[Tensor, "row"]) -> float | None:
-    """The chance that a right row scores above a wrong one, ties by half; None without rows of both kinds."""
-    good = int(right.sum())
-    bad = len(right) - good
-    if not good or not bad:
-        return None
-    _, place, counts = score.unique(return_inverse=True, return_counts=True)
-    ranks = counts.cumsum(0).double() - (counts.double() - 1) / 2
-    return float((ranks[place[right]].sum() - good * (good + 1) / 2) / (good * bad))

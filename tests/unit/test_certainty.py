@@ -11,12 +11,13 @@ from torch import nn
 
 import offramp
 from offramp.bundle import Bundle, Choice
-from offramp.certainty import WideLinear, _auroc, learn_certainty, widen
+from offramp.certainty import WideLinear, learn_certainty, widen
 from offramp.cost import CostModel
 from offramp.errors import DataError, FormatError, NoSuchModule, ShapeError, ValueRangeError
 from offramp.metrics import near_decision
 from offramp.policies.berxit import BERxiT
 from offramp.policies.confidence import MaxProb
+from offramp.quality import auroc
 from offramp.record import predict
 from offramp.runtime import Runtime
 from offramp.simulate import simulate, walk
@@ -125,15 +126,7 @@ def test_signals_are_recorded_by_name(taught: offramp.MultiExitModel, trace: Exi
 def test_it_beats_chance_on_rows_never_seen(trace: ExitTrace) -> None:
     right = trace.logits.argmax(-1) == trace.labels
     for k in range(2):
-        assert _auroc(trace.signals[k, :, 0], right[k]) > 0.6
-
-
-def test_auroc() -> None:
-    right = torch.tensor([True, True, False, False])
-    assert _auroc(torch.tensor([4.0, 3.0, 2.0, 1.0]), right) == 1
-    assert _auroc(torch.tensor([4.0, 2.0, 2.0, 1.0]), right) == 0.875
-    assert _auroc(torch.ones(4), right) == 0.5
-    assert _auroc(torch.ones(2), torch.ones(2, dtype=torch.bool)) is None
+        assert auroc(trace.signals[k, :, 0], right[k]) > 0.6
 
 
 def test_the_same_seed_learns_the_same_and_anew() -> None:

@@ -21,6 +21,14 @@ def trace_of(right: list[list[int]]) -> ExitTrace:
     )
 
 
+def test_auroc_by_hand():
+    right = torch.tensor([True, True, False, False])
+    assert auroc(torch.tensor([4.0, 3.0, 2.0, 1.0]), right) == 1
+    assert auroc(torch.tensor([4.0, 2.0, 2.0, 1.0]), right) == 0.875
+    assert auroc(torch.ones(4), right) == 0.5
+    assert auroc(torch.ones(2), torch.ones(2, dtype=torch.bool)) is None
+
+
 def test_auroc_is_that_of_scikit_learn_with_ties():
     g = torch.Generator().manual_seed(0)
     score, positive = torch.randint(7, (400,), generator=g) / 7, torch.rand(400, generator=g) > 0.4
