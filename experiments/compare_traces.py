@@ -1,5 +1,5 @@
 """Every policy on every committed trace: accuracy at cost with paired intervals against max-prob, over repeated halves.
-Writes results/compare-NAME.json, a page for each, and the summary table.
+Writes results/compare-NAME.json and the table in docs/policies.md.
 
     python experiments/compare_traces.py                      # about 20 minutes on two cores
     python experiments/compare_traces.py --names sst2,cola
@@ -15,12 +15,14 @@ from offramp import Budget, CostModel, ExitTrace
 from offramp.artefacts import write_json
 from offramp.choices import families_for
 from offramp.cli.comparing import value_of
-from offramp.compare import compare_pools
+from offramp.compare import BASELINE, compare_pools
 from offramp.meter import Meter
 from offramp.pools import halves
 
 TRACES = Path(__file__).parent.parent / "tests" / "traces"
 RESULTS = Path(__file__).parent.parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
+MARKS = ("<!-- measured: experiments/compare_traces.py -->\n", "<!-- until here -->\n")
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -36,21 +38,23 @@ def compared(name: str, repeats: int) -> dict:
 
 
 def summary(values: dict[str, dict]) -> list[str]:
-    """A markdown table: for every family and trace the mean difference to max-prob over the budgets, and where it is
-    beyond noise."""
+    """A markdown table: for every family and trace the mean difference to max-prob over the budgets that it can
+    keep, and at how many the 95 % interval is above and below nothing."""
     families = list(dict.fromkeys(row["family"] for value in values.values() for row in value["families"]))
     lines = ["| policy | " + " | ".join(values) + " |", "|---|" + "---|" * len(values)]
     for family in families:
+        if family == BASELINE:
+            continue
         cells = []
         for value in values.values():
-            mine = [row for row in value["rows"] if row["family"] == family]
+            mine = [r for r in value["rows"] if r["family"] == family and r["status"] != "infeasible"]
             if not mine:
                 cells.append("")
                 continue
             mean = sum(row["difference"] for row in mine) / len(mine)
             better = sum(row["difference_low"] > 0 for row in mine)
             worse = sum(row["difference_high"] < 0 for row in mine)
-            cells.append(f"{100 * mean:+.2f} ({better} up, {worse} down of {len(mine)})")
+            cells.append(f"{100 * mean:+.2f} ({better}↑ {worse}↓ of {len(mine)})")
         lines.append(f"| {family} | " + " | ".join(cells) + " |")
     return lines
 
@@ -66,7 +70,11 @@ def main() -> None:
             row.pop("policy")
         write_json(RESULTS / f"compare-{name}.json", value)
     values = {p.stem[8:]: json.loads(p.read_text()) for p in sorted(RESULTS.glob("compare-*.json"))}
-    print("\n".join(summary(values)))
+    lines = "\n".join(summary(values)) + "\n"
+    print(lines)
+    before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    PAGE.write_text(f"{before}{MARKS[0]}\n{lines}\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
