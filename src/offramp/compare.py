@@ -100,6 +100,9 @@ def compare(
     """
     if certify is None and any(isinstance(target, Risk | Joint) for target in targets):
         fit, certify = fit.split((0.5, 0.5))
+    for one, other, what in ((fit, test, "test"), (certify, test, "test")):
+        if one is not None:
+            one.check_apart(other, what)
     pool = Pool(fit, test, torch.arange(test.rows), certify)
     return compare_pools([pool], test.rows, costs, targets, families, metric=metric, progress=progress)
 
@@ -213,7 +216,8 @@ def _metric(
         labels, classes = _labels(pool), pool.test.classes
         values.append(metric_of(metric, said.said, labels, classes))
         plain.append(metric_of(metric, pool.test.logits[-1].argmax(-1), labels, classes))
-    both = pools[:2]  # the two halves of one split: every row once
+    one_split = len(pools) > 1 and not set(pools[0].test_rows.tolist()) & set(pools[1].test_rows.tolist())
+    both = pools[: 1 + one_split]  # the two halves of one split: every row once
     said_both = torch.cat([said.said for said in found[: len(both)]])
     labels = torch.cat([_labels(pool) for pool in both])
     low, high = metric_interval(metric, said_both, labels, both[0].test.classes)

@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from offramp.splits import stratified_split
 from offramp.trace import ExitTrace
 
 __all__ = ["Pool", "halves", "thirds"]
@@ -30,8 +28,7 @@ class Pool:
 
 def thirds(trace: ExitTrace, shares: Sequence[float] = (0.4, 0.3, 0.3), *, seed: int = 0) -> Pool:
     """One pool of disjoint fit, certify and test rows, by seed, the classes in proportion."""
-    strata = trace.labels if trace.labels is not None else torch.zeros(trace.rows, dtype=torch.int64)
-    one, two, three = stratified_split(strata, tuple(shares), seed=seed)
+    one, two, three = trace.places(shares, seed=seed)
     return Pool(trace.select(one), trace.select(three), three, trace.select(two))
 
 
@@ -43,17 +40,10 @@ def halves(trace: ExitTrace, repeats: int = 20, *, seed: int = 0, certify: bool 
     """
     pools = []
     for repeat in range(repeats):
-        parts = _halves_of(trace, seed + repeat)
+        parts = trace.places((0.5, 0.5), seed=seed + repeat)
         for one, other in (parts, parts[::-1]):
             fit, kept = trace.select(one), None
             if certify:
                 fit, kept = fit.split((0.5, 0.5), seed=seed + repeat)
             pools.append(Pool(fit, trace.select(other), other, kept))
     return tuple(pools)
-
-
-def _halves_of(trace: ExitTrace, seed: int) -> tuple[Tensor, Tensor]:
-    """Row indices of two halves with the classes in proportion."""
-    strata = trace.labels if trace.labels is not None else torch.zeros(trace.rows, dtype=torch.int64)
-    one, other = stratified_split(strata, (0.5, 0.5), seed=seed)
-    return one, other

@@ -103,7 +103,8 @@ def oracle_accuracy(trace: ExitTrace, costs: CostModel, budget: float) -> float:
     """The accuracy of an oracle at a mean cost: who knows which exits are right, and pays for the cheapest first.
 
     Every row leaves at once, or goes on to its earliest right exit; sorted by what that costs more, as many rows go on
-    as the budget pays for.
+    as the budget pays for. A row pays for stages and for the one head that answers it. Policies that answer with a
+    mixture of exits can be right where no exit is, and better than this.
 
     Args:
         budget: as a fraction of the plain model's cost.
@@ -112,7 +113,8 @@ def oracle_accuracy(trace: ExitTrace, costs: CostModel, budget: float) -> float:
         DataError: the trace has no labels.
     """
     right = _right(trace)
-    cost = torch.tensor(costs.cumulative(), dtype=torch.float64)
+    alone = torch.eye(costs.exits, dtype=torch.bool).tolist()
+    cost = torch.tensor([costs.cumulative(tuple(on))[k] for k, on in enumerate(alone)], dtype=torch.float64)
     first = right.int().argmax(dim=0)
     more = (cost[first] - cost[0])[right.any(dim=0) & (first > 0)].sort().values
     paid = int((more.cumsum(0) <= (budget - float(cost[0])) * trace.rows + 1e-9).sum())
@@ -120,7 +122,7 @@ def oracle_accuracy(trace: ExitTrace, costs: CostModel, budget: float) -> float:
 
 
 def random_accuracy(trace: ExitTrace, shares: tuple[float, ...]) -> float:
-    """The expected accuracy of leaving at random with the same shares.
+    """The expected accuracy of leaving at random with the same shares, each exit answering for itself.
 
     Raises:
         DataError: the trace has no labels.

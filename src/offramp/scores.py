@@ -22,7 +22,13 @@ def max_prob(logits: Float[Tensor, "*batch cls"]) -> Float[Tensor, "*batch"]:
 
 
 def margin(logits: Float[Tensor, "*batch cls"]) -> Float[Tensor, "*batch"]:
-    """The largest probability minus the second largest, in [0, 1]."""
+    """The largest probability minus the second largest, in [0, 1].
+
+    Raises:
+        ValueRangeError: there is only one class.
+    """
+    if logits.shape[-1] < 2:
+        raise ValueRangeError(f"there is no margin of {logits.shape[-1]} class; expected at least 2 classes.")
     top = probabilities(logits).topk(2, dim=-1).values
     return top[..., 0] - top[..., 1]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from offramp.cost import CostModel
 from offramp.errors import ShapeError
 from offramp.policies.base import NEVER, Policy, at_exit, check_exits
-from offramp.simulate import Outcome, Walk, simulate, walk
+from offramp.simulate import Walk, simulate, walk
 from offramp.trace import ExitTrace
 
 __all__ = ["Said", "Sweep", "family_key", "first_stop", "shares_of"]
@@ -70,10 +70,6 @@ class Sweep:
         shares = shares_of(exit_, self.trace.exits)
         spent = sum(s * c for s, c in zip(shares, self.costs.cumulative(policy.enabled), strict=True))
         return Said(exit_, said.gather(0, first[None])[0], shares, spent)
-
-    def outcome(self, policy: Policy) -> Outcome:
-        """The whole outcome, as `simulate` gives it."""
-        return simulate(policy, self.trace, self.costs)
 
 
 def first_stop(scores: Float[Tensor, "visit row"], thresholds: Sequence[float]) -> Int64[Tensor, "row"]:

@@ -147,9 +147,53 @@ class ExitTrace:
         )
 
     def split(self, shares: Sequence[float | int] = (0.4, 0.3, 0.3), *, seed: int = 0) -> tuple["ExitTrace", ...]:
-        """One trace per share, e.g. (fit, certify, test): seeded, disjoint, each with the classes in proportion."""
+        """One trace per share, e.g. (fit, certify, test): seeded, disjoint, each with the classes in proportion.
+
+        Raises:
+            DataError: there are too few rows, so that a part has none.
+        """
+        return tuple(self.select(rows) for rows in self.places(shares, seed=seed))
+
+    def places(self, shares: Sequence[float | int], *, seed: int = 0) -> tuple[Int64[Tensor, "_"], ...]:
+        """The rows of each part of `split`."""
         strata = self.labels if self.labels is not None else torch.zeros(self.rows, dtype=torch.int64)
-        return tuple(self.select(rows) for rows in stratified_split(strata, tuple(shares), seed=seed))
+        parts = tuple(stratified_split(strata, tuple(shares), seed=seed))
+        if not all(len(part) for part in parts):
+            counts = ", ".join(str(len(part)) for part in parts)
+            raise DataError(
+                f"{self.rows} rows split by {', '.join(f'{s:g}' for s in shares)} leave parts of {counts} rows; every "
+                "part needs some. Record more rows, or ask for larger shares."
+            )
+        return parts
+
+    def check_apart(self, other: "ExitTrace", what: str) -> None:
+        """Nothing, when `other` is of the same model and has none of these rows.
+
+        Rows are told apart by their ids where both have them and the same, known source; else only equal
+        traces are found.
+
+        Args:
+            what: what `other` is, for the message.
+
+        Raises:
+            ShapeError: it has other exits or classes.
+            DataError: it has rows of this one.
+        """
+        if not isinstance(other, ExitTrace):
+            raise ShapeError(f"the {what} rows are {type(other).__name__}; expected an ExitTrace.")
+        if (other.exits, other.classes) != (self.exits, self.classes):
+            raise ShapeError(
+                f"the {what} rows have {other.exits} exits and {other.classes} classes, the others {self.exits} and "
+                f"{self.classes}. Record both from the same model."
+            )
+        named = self.ids is not None and other.ids is not None and bool(self.source) and self.source == other.source
+        both = set(self.ids or ()) & set(other.ids or ()) if named else ()
+        if both or torch.equal(self.logits, other.logits):
+            count = len(both) or other.rows
+            raise DataError(
+                f"{count} of {other.rows} {what} rows are also used for something else, so what is said of them would "
+                "not hold for new rows. Give rows that nothing else has seen."
+            )
 
     def save(self, path: str | Path, *, half: bool = False) -> Path:
         """The path, after the trace was written to it as safetensors (atomically).

@@ -148,13 +148,6 @@ def test_what_was_said_stays_when_the_sweep_goes_on(trace):
     assert torch.equal(first.said, kept[1])
 
 
-def test_the_whole_outcome(trace):
-    found, expected = Sweep(trace, COSTS).outcome(MaxProb(0.6)), simulate(MaxProb(0.6), trace, COSTS)
-    assert torch.equal(found.answer, expected.answer)
-    assert torch.equal(found.score, expected.score)
-    assert (found.accuracy, found.cost, found.shares) == (expected.accuracy, expected.cost, expected.shares)
-
-
 def test_regression_and_one_exit():
     g = torch.Generator().manual_seed(3)
     numbers = ExitTrace(torch.randn(EXITS, 50, 1, generator=g))

@@ -11,7 +11,6 @@ from scipy.stats import beta, binom
 from offramp.calibrate.bounds import (
     betting_p,
     binomial_cdf,
-    binomial_p,
     clopper_pearson,
     count_p,
     hoeffding_bentkus_p,
@@ -41,7 +40,7 @@ def test_the_binomial_is_scipys(rows, rate):
     expected = binom.cdf(counts, rows, rate)
     # lgamma of large n leaves a relative error of about 1e-16 n log n
     assert [binomial_cdf(c, rows, rate) for c in counts] == pytest.approx(expected, rel=1e-8, abs=1e-300)
-    assert [binomial_p(c, rows, rate) for c in counts] == pytest.approx(expected, rel=1e-8, abs=1e-300)
+    assert [binomial_cdf(c, rows, rate) for c in counts] == pytest.approx(expected, rel=1e-8, abs=1e-300)
     assert count_p(torch.tensor(counts), rows, rate).tolist() == pytest.approx(expected, rel=1e-8, abs=1e-300)
 
 
@@ -64,7 +63,7 @@ def test_the_binomial_at_its_ends():
 def test_clopper_pearson_is_a_quantile_of_a_beta(losses, rows, delta):
     bound = clopper_pearson(losses, rows, delta)
     assert bound == pytest.approx(beta.ppf(1 - delta, losses + 1, rows - losses), rel=1e-7)
-    assert binomial_p(losses, rows, bound) == pytest.approx(delta, rel=1e-6)
+    assert binomial_cdf(losses, rows, bound) == pytest.approx(delta, rel=1e-6)
 
 
 def test_when_all_rows_lose_nothing_is_ruled_out():
@@ -105,7 +104,7 @@ def test_hoeffding_bentkus_at_its_ends_and_never_below_the_binomial():
     assert hoeffding_bentkus_p(0.0, 10, 0.0) == 1.0
     assert hoeffding_bentkus_p(0.5, 10, 1.0) == 0.0
     for losses in (0, 2, 8, 20):
-        assert hoeffding_bentkus_p(losses / 200, 200, 0.1) >= binomial_p(losses, 200, 0.1) * (1 - 1e-9)
+        assert hoeffding_bentkus_p(losses / 200, 200, 0.1) >= binomial_cdf(losses, 200, 0.1) * (1 - 1e-9)
 
 
 # --- betting ---

@@ -13,7 +13,7 @@ from offramp.calibrate.risk import certified, losses_of, needed_rows, promise_of
 from offramp.compare import CHOICES
 from offramp.cost import Budget, CostModel
 from offramp.errors import DataError, FormatError, ShapeError, ValueRangeError
-from offramp.policies import EENet, MaxProb, visits
+from offramp.policies import EENet, MaxProb, Patience, visits
 from offramp.simulate import simulate
 from offramp.sweep import Said, Sweep
 from offramp.trace import ExitTrace
@@ -42,10 +42,10 @@ def counts(losses: list[int], rows: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epsilon": -0.01}, "epsilon is -0.01; expected a number from 0 to 1"),
+        ({"epsilon": -0.01}, "epsilon is -0.01; expected a number from 0 and below 1"),
         ({"epsilon": 1.0}, "epsilon is 1.0"),
         ({"epsilon": float("nan")}, "epsilon is nan"),
-        ({"epsilon": 0.1, "delta": 0.0}, "delta is 0.0; expected a number above 0 to 1"),
+        ({"epsilon": 0.1, "delta": 0.0}, "delta is 0.0; expected a number above 0 and below 1"),
         ({"epsilon": 0.1, "delta": 1.0}, "delta is 1.0"),
         ({"epsilon": 0.1, "loss": "signed drop", "method": "ltt"}, "not valid for a signed drop; use 'betting'"),
         ({"epsilon": 0.1, "loss": "signed drop", "method": "crc"}, "'crc' is not valid for a signed drop"),
@@ -126,7 +126,7 @@ def test_conformal_risk_control_by_hand():
     assert certified(rows, risk) == 1
     assert certified(counts([0], 18), risk) == -1  # (19 eps - 1) / 18 < 0
     assert certified(counts([0], 19), risk) == 0
-    assert needed_rows(0.0, risk) == 19
+    assert needed_rows(torch.zeros(5), risk) == 19
 
 
 def test_plain_is_the_mean_alone():
@@ -235,7 +235,7 @@ def test_a_family_that_always_loses_says_so():
     wrong, right = 6.0 * one_hot(1 - labels, 2), 5.0 * one_hot(labels, 2)
     made = calibrate(MaxProb, ExitTrace(torch.stack([wrong, right]), labels=labels), even(2), Risk(0.05))
     assert made.status == "best_effort"
-    assert "the safest policy already loses 100.00 % of 300 certify rows; more rows would not help" in made.message
+    assert "the safest policy already loses 100.00 % of 300 certify rows. Every" in made.message
     assert simulate(made.policy, synthetic(2, 2, 50), even(2)).shares == (0.0, 1.0)
 
 
@@ -250,7 +250,7 @@ def test_without_certify_rows_the_trace_is_halved():
 
 
 def test_certify_rows_of_another_model_are_refused():
-    with pytest.raises(ShapeError, match="4 exits"):
+    with pytest.raises(ShapeError, match="3 exits and 5 classes, the others 4 and 5"):
         calibrate(MaxProb, FIT, COSTS, Risk(0.05), certify=synthetic(3, 5, 100))
     with pytest.raises(ShapeError, match="give certify="):
         Calibrator(MaxProb, FIT, COSTS).to(Risk(0.05))
@@ -363,3 +363,70 @@ def test_a_promise_holds(loss, method):
     else:
         assert failed <= risk.delta + 3 * math.sqrt(risk.delta * (1 - risk.delta) / DRAWS)
         assert float(risks.mean()) > risk.epsilon / 3  # nor is it kept by letting nobody leave
+
+
+# --- what is called certain is ---
+
+
+def leaning(rows: int, seed: int) -> ExitTrace:
+    """A last exit that leans to class 0, so that a mixture with fitted biases says something else."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (rows,), generator=g)
+    logits = torch.randn(3, rows, 3, generator=g) + one_hot(labels, 3) * torch.arange(1, 4)[:, None, None]
+    logits[-1, :, 0] += 2
+    return ExitTrace(logits, labels=labels)
+
+
+@pytest.mark.parametrize("name", [name for name in CHOICES if name != "berxit"])
+def test_where_no_row_leaves_the_plain_model_answers(name):
+    fit, rows = leaning(200, 0), leaning(150, 1)
+    family, options = CHOICES[name]
+    made = Calibrator(family, fit, even(3), Options(**options))
+    outcome = simulate(made.off, rows, even(3))
+    assert set(outcome.exit.tolist()) == {2}
+    assert torch.equal(outcome.answer.argmax(-1), rows.logits[-1].argmax(-1))
+    assert torch.allclose(outcome.answer.softmax(-1), rows.logits[-1].softmax(-1), atol=1e-6)
+    found = made.to(Risk(0.001, loss="disagreement"), rows)
+    assert simulate(found.policy, rows, even(3)).answer.argmax(-1).equal(rows.logits[-1].argmax(-1))
+    assert (found.promise.observed, found.promise.delta) == (0.0, 0.0)
+    assert made.path()[0] == made.off
+
+
+@pytest.mark.parametrize("target", [Risk(0.1, loss="disagreement"), Joint(Risk(0.1), Budget(fraction=0.5))])
+def test_what_counts_classes_is_not_asked_of_other_tasks(target):
+    numbers = ExitTrace(torch.randn(3, 50, 1, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueRangeError, match="task='regression'.*Give it a Budget"):
+        calibrate(Patience(0, task="regression", tolerance=0.1), numbers, even(3), target)
+
+
+def test_rows_that_were_fitted_on_certify_nothing():
+    trace = leaning(100, 0)
+    with pytest.raises(DataError, match="100 of 100 certify rows are also used"):
+        calibrate(MaxProb, trace, even(3), Risk(0.1), certify=leaning(100, 0))
+    named = ExitTrace(trace.logits, labels=trace.labels, ids=tuple(map(str, range(100))), source="reviews.csv")
+    with pytest.raises(DataError, match="30 of 30 certify rows"):
+        calibrate(MaxProb, named, even(3), Risk(0.1), certify=named.select(torch.arange(30)))
+
+
+def test_nothing_leaves_so_nothing_is_lost_whatever_the_rows():
+    both = Joint(Risk(0.01), Budget(fraction=1.0), "safest")
+    made = calibrate(MaxProb, leaning(100, 0), even(3), both, certify=leaning(20, 1))
+    assert made.status == "met"
+    assert (made.promise.epsilon, made.promise.delta, made.promise.observed) == (0.0, 0.0, 0.0)
+
+
+def test_stages_that_cost_nothing_can_be_given_a_risk():
+    free = CostModel((0.0, 0.5, 0.5), (0.0, 0.0, 0.0))
+    made = calibrate(MaxProb, leaning(300, 0), free, Risk(0.3), certify=leaning(300, 1))
+    assert made.status in ("met", "best_effort")
+
+
+def test_a_budget_that_the_plain_model_meets_is_met_though_heads_are_dear():
+    dear = CostModel((0.2, 0.4, 0.4), (1.5, 0.1, 0.0))
+    made = calibrate(MaxProb, leaning(100, 0), dear, Budget(fraction=1.2))
+    assert (made.status, made.achieved) == ("met", 1.0)
+
+
+def test_more_rows_than_there_are_are_asked_for():
+    made = calibrate(MaxProb, leaning(600, 0), even(3), Risk(0.05, loss="signed drop"), certify=leaning(400, 1))
+    assert made.promise.needed is None or made.promise.needed > 400

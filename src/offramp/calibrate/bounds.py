@@ -9,7 +9,7 @@ from torch import Tensor
 from offramp.errors import ValueRangeError
 
 __all__ = [
-    "betting_p", "binomial_cdf", "binomial_p", "clopper_pearson", "count_p", "hoeffding_bentkus_p", "rows_needed",
+    "betting_p", "binomial_cdf", "clopper_pearson", "count_p", "hoeffding_bentkus_p", "rows_needed",
     "upper_bound",
 ]  # fmt: skip
 
@@ -24,11 +24,6 @@ def binomial_cdf(count: int, rows: int, rate: float) -> float:
     log = math.lgamma(rows + 1) - torch.lgamma(x + 1) - torch.lgamma(rows - x + 1)
     log = log + x * math.log(rate) + (rows - x) * math.log1p(-rate)
     return min(1.0, float(torch.logsumexp(log, dim=0).exp()))
-
-
-def binomial_p(losses: int, rows: int, epsilon: float) -> float:
-    """The p-value of "the risk of a 0/1 loss is above epsilon" when `losses` of `rows` rows lost."""
-    return binomial_cdf(losses, rows, epsilon)
 
 
 def hoeffding_bentkus_p(mean: float, rows: int, epsilon: float) -> float:
@@ -105,13 +100,13 @@ def rows_needed(rate: float, epsilon: float, delta: float, *, most: int = 10_000
     if not 0 < epsilon < 1 or rate >= epsilon:
         return None
     low, high = 0, 1
-    while binomial_p(math.floor(rate * high), high, epsilon) > delta:
+    while binomial_cdf(math.floor(rate * high), high, epsilon) > delta:
         low, high = high, 2 * high
         if high > most:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        if binomial_p(math.floor(rate * middle), middle, epsilon) <= delta:
+        if binomial_cdf(math.floor(rate * middle), middle, epsilon) <= delta:
             high = middle
         else:
             low = middle
@@ -119,7 +114,7 @@ def rows_needed(rate: float, epsilon: float, delta: float, *, most: int = 10_000
 
 
 def count_p(losses: Int[Tensor, "*draw"], rows: int, epsilon: float) -> Float[Tensor, "*draw"]:
-    """`binomial_p` of many counts at once."""
+    """`binomial_cdf` of many counts at once: the p-values of "the risk of a 0/1 loss is above epsilon"."""
     most = int(losses.max()) if losses.numel() else 0
     if not 0 < epsilon < 1:
         raise ValueRangeError(f"epsilon is {epsilon!r}; expected a number between 0 and 1.")

@@ -4,6 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from offramp.calibrate.error_rate import ErrorRate, fit_error_rate
 from offramp.calibrate.families import Options, ladder_of, switched_off
 from offramp.calibrate.max_drop import MaxDrop, cheapest_within
@@ -19,6 +23,9 @@ from offramp.sweep import Said, Sweep
 from offramp.trace import ExitTrace
 
 __all__ = ["Calibrator", "Target"]
+
+#: The smallest budget that is tried, where a stage costs nothing.
+LEAST = 1e-6
 
 Target = Budget | ErrorRate | MaxDrop | Risk | Joint
 
@@ -49,7 +56,8 @@ class Calibrator:
             )
         self.trace = trace
         self.costs = costs
-        kept = enabled if enabled is not None or isinstance(family, type | Fixed) else family.enabled
+        kept = enabled if enabled is not None or isinstance(family, Fixed) else getattr(family, "enabled", None)
+        kept = None if isinstance(family, type) and enabled is None else kept
         self.flags = (True,) * trace.exits if kept is None else costs.visited(as_flags(kept))
         self.start, self.ladder = ladder_of(family, trace, costs, self.flags, options or Options())
         self.off = switched_off(self.start, trace)
@@ -61,6 +69,10 @@ class Calibrator:
         """The calibration to a target; see `calibrate`."""
         if isinstance(target, Budget):
             return self.to_budget(target)
+        if (task := getattr(self.start, "task", "classes")) != "classes":
+            raise ValueRangeError(
+                f"the policy is for task={task!r}, and {type(target).__name__} counts right classes. Give it a Budget."
+            )
         if isinstance(target, ErrorRate):
             return self._to_error_rate(target)
         if isinstance(target, MaxDrop):
@@ -69,18 +81,19 @@ class Calibrator:
             raise ValueRangeError(
                 f"the target is {target!r}; expected Budget(fraction=0.5), Risk(0.01), MaxDrop(0.01) or ErrorRate()."
             )
-        if not isinstance(certify, ExitTrace) or certify.exits != self.trace.exits:
-            raise ShapeError(f"a risk is certified on rows of the same {self.trace.exits} exits; give certify=.")
+        if certify is None:
+            raise ShapeError("a risk is certified on rows that nothing was fitted on; give certify=.")
+        self.trace.check_apart(certify, "certify")
         return self._to_risk(target, certify) if isinstance(target, Risk) else self._to_both(target, certify)
 
     def to_budget(self, target: Budget) -> Calibration:
         """The policy of the family that spends most of a budget."""
         exits = self.trace.exits
+        if target.amount >= self.costs.spent([0.0] * (exits - 1) + [1.0], target, _only_last(exits)):
+            return self._result(self.off, target)
         cheapest = self.spent(self.start, target)
         if target.amount < cheapest * (1 - 1e-9):
             return self._infeasible(target, cheapest)
-        if target.amount >= self.costs.spent([0.0] * (exits - 1) + [1.0], target, _only_last(exits)):
-            return self._result(self.off, target)
         return self._result(self.ladder.at(lambda on: Spend(self.costs, target, on)), target)
 
     def path(self) -> list[Policy]:
@@ -90,7 +103,7 @@ class Calibrator:
             least = self.spent(self.start, Budget(fraction=1.0))
             found, rungs = [self.off], self.ladder.rungs
             for i in range(1, rungs + 1):
-                policy = self.to_budget(Budget(fraction=most + (least - most) * i / rungs)).policy
+                policy = self.to_budget(Budget(fraction=max(LEAST, most + (least - most) * i / rungs))).policy
                 if policy != found[-1]:
                     found.append(policy)
             self._path = found
@@ -119,7 +132,7 @@ class Calibrator:
 
     def _to_drop(self, target: MaxDrop) -> Calibration:
         trace, costs = self.trace, self.costs
-        least, most = min(costs.cumulative(self.flags)), costs.cumulative(_only_last(trace.exits))[-1]
+        least, most = max(LEAST, min(costs.cumulative(self.flags))), costs.cumulative(_only_last(trace.exits))[-1]
         found = cheapest_within(self.to_budget, trace, costs, target, least, most) if least < most else None
         if found is None:
             message = f"no cheaper policy of the family keeps {target} on these rows, so every row runs to the end."
@@ -145,34 +158,44 @@ class Calibrator:
         policy = self.path()[max(0, place)]
         if len(losses) == 1:
             only = "the family has no policy that is cheaper than the whole model, so every row runs to the end."
-            nothing_lost = Promise(target.loss, target.used, target.epsilon, 0.0, 0.0, certify.rows, None)
-            return Calibration(policy, target, said[0].cost, "met", only, self.trace.rows, nothing_lost)
+            return Calibration(
+                policy, target, said[0].cost, "met", only, self.trace.rows, _certain(target, certify.rows)
+            )
         if place <= 0:
-            return self._nothing(target, certify, float(losses[min(1, len(losses) - 1)].mean()))
+            return self._nothing(target, certify, losses[1])
         promise = promise_of(losses[place], target)
         cost = said[place].cost
         saved = f"{type(policy).__name__} spends {cost:.3f} of the plain model's cost"
         return Calibration(policy, target, cost, "met", f"{saved}; {_promised(promise)}", self.trace.rows, promise)
 
-    def _nothing(self, target: Risk, certify: ExitTrace, rate: float) -> Calibration:
-        """Every row runs to the end: no policy was certified."""
-        least, needed = needed_rows(0.0, target), needed_rows(rate, target)
+    def _nothing(self, target: Risk, certify: ExitTrace, safest: Float[Tensor, "row"]) -> Calibration:
+        """Every row runs to the end: no policy was certified; `safest` are the losses of the safest one."""
+        off, rate = self.off, float(safest.double().mean())
+        least, needed = needed_rows(torch.zeros(1), target), needed_rows(safest, target)
         few = least is None or certify.rows < least
-        off = self.off
-        cost = self.costs.cumulative(off.enabled)[-1]
-        promise = Promise(target.loss, target.used, target.epsilon, 0.0, 0.0, certify.rows, None, needed)
-        if least is None:
+        if needed is not None and needed <= certify.rows:
+            needed = None  # an estimate that these rows have refuted
+        promise = replace(_certain(target, certify.rows), needed=needed)
+        if least is None and target.epsilon > 0:
+            why = f"a risk of {target.epsilon:g} would take more certify rows than anybody has"
+        elif least is None:
             why = f"a risk of {target.epsilon:g} lets no row be lost, and no number of rows can show that"
         elif few:
             why = (
                 f"{certify.rows} certify rows are too few: even without any loss {least} are needed"
                 f"{'' if needed in (None, least) else f', and about {needed} at the loss seen here'}"
             )
+        elif rate >= target.epsilon:
+            why = f"the safest policy already loses {100 * rate:.2f} % of {certify.rows} certify rows"
         else:
-            more = "more rows would not help" if needed is None else f"about {needed} rows would be needed at that loss"
-            why = f"the safest policy already loses {100 * rate:.2f} % of {certify.rows} certify rows; {more}"
+            more = "some more rows may be enough" if needed is None else f"about {needed} rows would be needed"
+            why = (
+                f"the safest policy loses {100 * rate:.2f} % of {certify.rows} certify rows, too near to the "
+                f"{100 * target.epsilon:.4g} % to be sure; {more}"
+            )
         message = f"{why}. Every row runs to the end, which loses nothing."
         status: Status = "infeasible" if few else "best_effort"
+        cost = self.costs.cumulative(off.enabled)[-1]
         return Calibration(off, target, cost, status, message, self.trace.rows, promise)
 
     def _to_both(self, target: Joint, certify: ExitTrace) -> Calibration:
@@ -190,6 +213,9 @@ class Calibrator:
         made = self.to_budget(budget)
         if made.status == "infeasible":
             return Calibration(made.policy, target, made.achieved, "infeasible", made.message, made.rows)
+        if made.policy == self.off:
+            promise = replace(_certain(risk, certify.rows), epsilon=0.0)
+            return Calibration(made.policy, target, made.achieved, "met", made.message, made.rows, promise)
         losses = losses_of([Sweep(certify, self.costs)(made.policy)], certify, risk.loss)
         promise = promise_of(losses[0], risk)
         bound = 1.0 if promise.bound is None else promise.bound
@@ -228,6 +254,11 @@ class Calibrator:
                 "(patience comes in whole steps, and rows with tied scores leave together)."
             )
         return Calibration(policy, target, achieved, status, message, self.trace.rows)
+
+
+def _certain(risk: Risk, rows: int) -> Promise:
+    """The promise of the plain model, which loses nothing against itself."""
+    return Promise(risk.loss, risk.used, risk.epsilon, 0.0, 0.0, rows, None)
 
 
 def _promised(promise: Promise) -> str:

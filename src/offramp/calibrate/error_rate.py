@@ -1,7 +1,6 @@
 """BEEM's thresholds: rows that leave at an exit must err no more often than the final exit does."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from offramp.calibrate.bounds import binomial_cdf
 from offramp.errors import ValueRangeError
 from offramp.policies.base import Evidence, Policy
 from offramp.simulate import walk
@@ -25,7 +25,9 @@ class ErrorRate:
         rows: the final exit's error rate on "all" rows, or on the "same" rows that leave.
         shared: one threshold for all exits, for all rows that leave early together; otherwise one per exit.
         confidence: None compares plain rates. A number such as 0.95 asks that the one-sided Clopper-Pearson upper bound
-            of the rate is not above. With rows="same" the final exit's rate on those rows is taken as known.
+            of the rate is not above. With rows="same" the final exit's rate on those rows is taken as known. Of many
+            thresholds the lowest that passes is taken, so it fails on new rows more often than one chosen beforehand
+            would: this is caution, not a promise. For a promise ask for a `Risk`.
 
     Source: Bajpai and Hanawal 2025 (BEEM), abstract and section 3: thresholds are set from error rates "aiming to
     surpass" the final exit. The paper's exact procedure could not be read; this is ours.
@@ -105,11 +107,7 @@ def _bounded(errors: int, taken: int, allowed: float, confidence: float) -> bool
     few errors at rate `allowed` is at most 1 - confidence."""
     if not 0.0 < allowed < 1.0:
         return allowed >= 1.0
-    x = torch.arange(errors + 1, dtype=torch.float64)
-    n = torch.tensor(float(taken), dtype=torch.float64)
-    log = torch.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
-    log = log + x * math.log(allowed) + (n - x) * math.log1p(-allowed)
-    return float(torch.logsumexp(log, dim=0)) <= math.log(1 - confidence)
+    return binomial_cdf(errors, taken, allowed) <= 1 - confidence
 
 
 def _fit_shared(policy: Policy, trace: ExitTrace, right: Bool[Tensor, "exit row"], target: ErrorRate) -> Policy:

@@ -18,7 +18,7 @@ from offramp.calibrate.ladders import (
     SpendOf,
     StepLadder,
 )
-from offramp.calibrate.learned import GateLadder, fit_bins, fit_ztw
+from offramp.calibrate.learned import fit_bins, fit_ztw, gate_ladder
 from offramp.calibrate.spend import Spend
 from offramp.calibrate.stopping import StoppingFit, choose_stopping, geometric
 from offramp.cost import CostModel
@@ -32,6 +32,7 @@ from offramp.policies import (
     PCEE,
     ZTW,
     AccuracyBins,
+    Array,
     BERxiT,
     EENet,
     Entropy,
@@ -83,8 +84,14 @@ def ladder_of(
 
 
 def switched_off(start: Policy, trace: ExitTrace) -> Policy:
-    """The policy of `start`'s family under which every row runs to the end, and no head runs."""
+    """The policy of `start`'s family that is the plain model: every row runs to the end, and the last exit answers."""
     only_last = (False,) * (trace.exits - 1) + (True,)
+    biases = Array(torch.zeros(trace.exits, trace.classes))
+    if isinstance(start, ZTW):  # whose last mixture is another model; weights are exponents
+        return replace(start, weights=Array(torch.zeros(trace.exits, trace.exits)), biases=biases, cascade=None,
+                       enabled=only_last)  # fmt: skip
+    if isinstance(start, Stopping):
+        return replace(start, weights=Array(torch.eye(trace.exits)), biases=biases, values=None, enabled=only_last)
     if isinstance(start, EENet):  # its features count the exits that are on
         return blank_eenet(trace.exits, trace.classes, only_last)
     if isinstance(start, Fixed):
@@ -200,7 +207,7 @@ def _eero(value: Any, trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...
 def _jei(value: Any, trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...], options: Options) -> _Made:
     if value is not None:
         return _shared(value, lambda: value, trace, flags)
-    ladder = GateLadder(trace, costs, flags)
+    ladder = gate_ladder(trace, costs, flags)
     return ladder.start(), ladder
 
 

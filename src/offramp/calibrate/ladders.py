@@ -19,7 +19,10 @@ from offramp.policies.base import NEVER
 from offramp.simulate import simulate, walk
 from offramp.trace import ExitTrace
 
-__all__ = ["ALWAYS", "Ladder", "QuotaLadder", "RunLadder", "SharedLadder", "SpendOf", "StepLadder", "full_thresholds"]
+__all__ = [
+    "ALWAYS", "Ladder", "PriceLadder", "QuotaLadder", "RunLadder", "SharedLadder", "SpendOf", "StepLadder",
+    "full_thresholds",
+]  # fmt: skip
 
 #: Every score is at least this, so that a threshold of ALWAYS lets every row leave.
 ALWAYS = -1e6
@@ -118,6 +121,47 @@ class QuotaLadder:
             walked = walk(replace(self.start, enabled=flags), self.trace)
             self._kept[flags] = (Quotas(walked.score[:-1]), walked.visited)
         return self._kept[flags]
+
+
+@dataclass(frozen=True)
+class PriceLadder:
+    """Policies fitted for a range of prices; the nearest below a budget has its thresholds moved to use it up.
+
+    Args:
+        make: from a price to a policy that lets every row leave, and that meets the price at thresholds of 0.
+        prices: rising; a higher one spends less.
+    """
+
+    trace: ExitTrace
+    flags: tuple[bool, ...]
+    make: Callable[[float], Any]
+    prices: tuple[float, ...]
+    rungs: int = 100
+    _made: dict[int, tuple[SharedLadder, tuple[float, ...]]] = field(default_factory=dict, compare=False)
+
+    def at(self, spend_of: SpendOf) -> Policy:
+        """See `Ladder`."""
+        spend = spend_of(self.flags)
+        low, high = 0, len(self.prices) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if spend.mean(self._rung(middle)[1]) <= spend.amount:
+                high = middle
+            else:
+                low = middle + 1
+        return self._rung(low)[0].at(spend_of)
+
+    def start(self) -> Policy:
+        """The policy of the lowest price that lets every row leave."""
+        return self._rung(0)[0].start
+
+    def _rung(self, index: int) -> tuple[SharedLadder, tuple[float, ...]]:
+        """(the ladder of the policy for a price, the shares with thresholds of 0)."""
+        if index not in self._made:
+            ladder = SharedLadder.of(self.make(self.prices[index]), self.trace, self.flags)
+            shares = (1.0,) if ladder.scores is None else ladder.scores.shares_at(0.0)
+            self._made[index] = (ladder, shares)
+        return self._made[index]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Policies whose parameters are learned from labelled rows: ZTW's ensemble, accuracy bins, JEI-DNN's gates."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,24 +9,25 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from offramp.calibrate.ladders import ALWAYS, SharedLadder, SpendOf
+from offramp.calibrate.ladders import ALWAYS, PriceLadder
 from offramp.cost import CostModel
 from offramp.errors import ValueRangeError
-from offramp.policies import ZTW, AccuracyBins, Array, Policy
+from offramp.policies import ZTW, AccuracyBins, Array
 from offramp.policies.jeidnn import JEIDNN, gate_features
 from offramp.scores import max_prob
 from offramp.trace import ExitTrace
 
-__all__ = ["GateLadder", "fit_bins", "fit_ztw", "logistic", "minimise", "multinomial", "some_rows"]
+__all__ = ["fit_bins", "fit_ztw", "gate_ladder", "logistic", "minimise", "multinomial", "some_rows"]
 
-#: Rows beyond these are left out of fits (not of thresholds), by seed.
-MAX_ROWS = 10_000
+#: Rows beyond these are left out of fits (not of thresholds), by seed; so are rows beyond so many logits an exit.
+MAX_ROWS, MAX_LOGITS = 10_000, 1_000_000
 #: ZTW's cascade has cls x cls numbers per exit; beyond so many classes it is left out.
 CASCADE_CLASSES = 64
 
 
-def some_rows(trace: ExitTrace, most: int = MAX_ROWS, seed: int = 0) -> ExitTrace:
-    """The trace, or `most` rows of it by seed."""
+def some_rows(trace: ExitTrace, seed: int = 0) -> ExitTrace:
+    """The trace, or as many rows of it as fits are made on, by seed."""
+    most = min(MAX_ROWS, max(1000, MAX_LOGITS // trace.classes))
     if trace.rows <= most:
         return trace
     return trace.select(torch.randperm(trace.rows, generator=torch.Generator().manual_seed(seed))[:most].sort().values)
@@ -38,7 +38,7 @@ def fit_ztw(trace: ExitTrace, flags: tuple[bool, ...], *, cascade: bool = True, 
 
     Args:
         cascade: whether exits see the exit before; never with more than 64 classes.
-        ridge: pulls the cascade to none, the weights to 1 and the biases to 0, as mean squares beside nats.
+        ridge: pulls the cascade to none, the weights to 1 and the biases to 0, as sums of squares beside nats.
     """
     rows = some_rows(trace)
     labels, exits, classes = rows.known_labels("ZTW"), rows.exits, rows.classes
@@ -94,34 +94,26 @@ def fit_bins(trace: ExitTrace, flags: tuple[bool, ...], *, bins: int = 20, isoto
 
 
 def logistic(
-    inputs: Float[Tensor, "row feature"],
-    target: Float[Tensor, "row"],
-    ridge: float = 1e-3,
-    weight: Float[Tensor, "row"] | None = None,
-    offset: Float[Tensor, "row"] | None = None,
+    inputs: Float[Tensor, "row feature"], target: Float[Tensor, "row"], ridge: float = 1e-3
 ) -> Float[Tensor, "feature"]:
     """Weights of a logistic regression, by Newton's method in float64; `inputs` hold a column of ones for a bias.
 
     Args:
         ridge: half its square length times rows is added to the loss, so that separable data have an answer.
-        weight: of rows.
-        offset: added to the sum, not fitted.
     """
     x, y = inputs.double(), target.double()
-    w = torch.ones_like(y) if weight is None else weight.double()
-    shift = torch.zeros_like(y) if offset is None else offset.double()
     beta = torch.zeros(x.shape[1], dtype=torch.float64)
-    eye = ridge * w.sum() * torch.eye(x.shape[1], dtype=torch.float64)
+    eye = ridge * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
 
     def loss(beta: Tensor) -> Tensor:
-        z = x @ beta + shift
-        return (w * (F.softplus(z) - y * z)).sum() + 0.5 * beta @ eye @ beta
+        z = x @ beta
+        return (F.softplus(z) - y * z).sum() + 0.5 * beta @ eye @ beta
 
     now = loss(beta)
     for _ in range(50):
-        p = torch.sigmoid(x @ beta + shift)
-        gradient = x.T @ (w * (p - y)) + eye @ beta
-        hessian = (x * (w * p * (1 - p))[:, None]).T @ x + eye
+        p = torch.sigmoid(x @ beta)
+        gradient = x.T @ (p - y) + eye @ beta
+        hessian = (x * (p * (1 - p))[:, None]).T @ x + eye
         step, size = torch.linalg.solve(hessian, gradient), 1.0
         while size > 1e-4 and loss(beta - size * step) > now:
             size /= 2
@@ -159,63 +151,32 @@ def multinomial(
     return beta.float()
 
 
-@dataclass(frozen=True)
-class GateLadder:
-    """JEI-DNN's gates for a range of prices; the nearest below a budget has its thresholds moved to use it up.
+def gate_ladder(trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...], *, power: float = 0.5) -> PriceLadder:
+    """JEI-DNN's gates for a range of prices: a row's target is l* = argmin_l CE_l + price b_l, and gate k learns
+    whether k >= l*."""
+    rows = some_rows(trace)
+    labels, visited = rows.known_labels("JEI-DNN"), [k for k, on in enumerate(flags) if on]
+    cost = torch.tensor(costs.cumulative(flags))[visited]
+    losses = torch.stack([F.cross_entropy(rows.logits[k], labels, reduction="none") for k in visited])
+    ones = torch.ones(rows.rows, 1)
+    seen = [torch.cat([gate_features(rows.logits[k], power), ones], dim=1) for k in visited[:-1]]
 
-    A row's target is l* = argmin_l CE_l + price b_l, and gate k learns whether k >= l*.
-    """
-
-    trace: ExitTrace
-    costs: CostModel
-    flags: tuple[bool, ...]
-    power: float = 0.5
-    prices: tuple[float, ...] = tuple(0.01 * 1.6**i for i in range(16))
-    rungs: int = 60
-    _made: dict[int, tuple[SharedLadder, tuple[float, ...]]] = field(default_factory=dict, compare=False)
-
-    def at(self, spend_of: SpendOf) -> Policy:
-        """See `Ladder`."""
-        spend = spend_of(self.flags)
-        low, high = 0, len(self.prices) - 1  # a higher price spends less
-        while low < high:
-            middle = (low + high) // 2
-            if spend.mean(self._rung(middle)[1]) <= spend.amount:
-                high = middle
-            else:
-                low = middle + 1
-        return self._rung(low)[0].at(spend_of)
-
-    def start(self) -> Policy:
-        """The policy that lets every row leave."""
-        return self._rung(0)[0].start
-
-    def _rung(self, index: int) -> tuple[SharedLadder, tuple[float, ...]]:
-        """(the ladder of the gates for a price, the shares with thresholds of 0)."""
-        if index not in self._made:
-            rows = some_rows(self.trace)
-            gates = self._gates(rows, self.prices[index])
-            start = JEIDNN(Array(gates), (ALWAYS,) * rows.exits, self.power, None if all(self.flags) else self.flags)
-            ladder = SharedLadder.of(start, self.trace, self.flags)
-            shares = (1.0,) if ladder.scores is None else ladder.scores.shares_at(0.0)
-            self._made[index] = (ladder, shares)
-        return self._made[index]
-
-    def _gates(self, rows: ExitTrace, price: float) -> Float[Tensor, "exit 5"]:
-        labels, exits = rows.known_labels("JEI-DNN"), rows.exits
-        visited = [k for k, on in enumerate(self.flags) if on]
-        cost = torch.tensor(self.costs.cumulative(self.flags))[visited]
-        losses = torch.stack([F.cross_entropy(rows.logits[k], labels, reduction="none") for k in visited])
+    def make(price: float) -> JEIDNN:
         best = (losses + price * cost[:, None]).argmin(dim=0)
-        gates = torch.zeros(exits, 5)
-        for place, k in enumerate(visited[:-1]):
-            seen = torch.cat([gate_features(rows.logits[k], self.power), torch.ones(rows.rows, 1)], dim=1)
-            gates[k] = logistic(seen, (best <= place).float())
-        return gates
+        gates = torch.zeros(rows.exits, 5)
+        for place, x in enumerate(seen):
+            gates[visited[place]] = logistic(x, (best <= place).float())
+        return JEIDNN(Array(gates), (ALWAYS,) * rows.exits, power, None if all(flags) else flags)
+
+    return PriceLadder(trace, flags, make, tuple(0.01 * 1.6**i for i in range(16)), rungs=60)
 
 
 def minimise(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int = 60) -> Tensor:
-    """Where a smooth convex loss is least, by L-BFGS; never NaN."""
+    """Where a smooth loss is least, as far as L-BFGS finds it from `start`.
+
+    Raises:
+        ValueRangeError: what it found is not finite.
+    """
     parameter = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([parameter], max_iter=steps, line_search_fn="strong_wolfe", tolerance_change=1e-9)
 

@@ -27,9 +27,11 @@ class Calibration:
     Args:
         policy: what to run.
         target: what was asked for.
-        achieved: the mean cost on the calibration rows, in the target's unit (for ErrorRate and MaxDrop as a fraction).
+        achieved: the mean cost on the calibration rows, in the target's unit (for ErrorRate and MaxDrop as a fraction;
+            for Risk as a fraction, on the certify rows).
         status: met; best_effort when the target holds but the family could not use the budget up; infeasible when no
-            policy of the family meets the target (`policy` is then the nearest one, the cheapest).
+            policy of the family meets the target (`policy` is then the nearest one: the cheapest for a budget, the
+            plain model for a risk).
         message: the same as a sentence for a person.
         rows: how many rows it was fitted on.
         promise: for Risk and Joint, what holds on new rows and what that rests on; None otherwise.

@@ -52,7 +52,7 @@ class Risk:
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not (value >= 0 if low is not None else value > 0) or value >= 1:
                 raise ValueRangeError(
-                    f"{name} is {value!r}; expected a number {'from' if low == 0 else 'above'} 0 to 1."
+                    f"{name} is {value!r}; expected a number {'from' if low == 0 else 'above'} 0 and below 1."
                 )
             object.__setattr__(self, name, float(value))
         if self.loss not in get_args(Loss):
@@ -115,12 +115,13 @@ class Promise:
     Args:
         loss, method: as in `Risk`.
         epsilon: the bound.
-        delta: the chance that it does not hold; 0 where nothing leaves early, and for "crc", whose bound is of a mean.
+        delta: the chance that it does not hold; 0 where nothing leaves early, and for "crc", whose bound is of a mean;
+            without a meaning for "plain", which promises nothing.
         observed: the mean loss on the certify rows.
         rows: how many they were.
         bound: an upper bound, at the same delta, of this one policy's risk, as if it had been chosen before; None for
-            methods without one. It may be above epsilon by little for "crc".
-        needed: about how many certify rows would be needed for any promise of this kind, where there were too few.
+            "crc" and "plain".
+        needed: about how many certify rows would be needed at the loss seen, where there were too few.
     """
 
     loss: str
@@ -186,32 +187,34 @@ def promise_of(losses: Float[Tensor, "row"], risk: Risk, *, needed: int | None =
     return Promise(risk.loss, risk.used, risk.epsilon, delta, observed, len(losses), bound, needed)
 
 
-def needed_rows(rate: float, risk: Risk) -> int | None:
-    """About how many certify rows a policy with this mean loss needs; None where no number would do."""
-    rate = max(0.0, rate)
+def needed_rows(losses: Float[Tensor, "row"], risk: Risk, *, seed: int = 0) -> int | None:
+    """About how many certify rows a policy with losses like these needs; None where no number would do."""
+    rate = float(losses.double().mean())
     if risk.used == "plain":
         return 1 if rate <= risk.epsilon else None
     if rate >= risk.epsilon:
         return None
     if risk.used == "crc":
         return math.ceil((1 - risk.epsilon) / (risk.epsilon - rate))
-    return rows_needed(rate, risk.epsilon, risk.delta) if risk.used == "ltt" else _betting_rows(rate, risk)
+    if risk.used == "ltt":
+        return rows_needed(rate, risk.epsilon, risk.delta)
+    return _betting_rows(losses, risk, seed)
 
 
-def _betting_rows(rate: float, risk: Risk, most: int = 2_000_000) -> int | None:
-    """The same for betting, by trying it on losses that are spread evenly."""
+def _betting_rows(losses: Float[Tensor, "row"], risk: Risk, seed: int, most: int = 500_000) -> int | None:
+    """The same for betting: where most of nine draws of so many rows from these are enough."""
 
     def enough(rows: int) -> bool:
-        steps = torch.arange(1, rows + 1, dtype=torch.float64)
-        losses = (steps * rate).floor() - ((steps - 1) * rate).floor()
-        return float(betting_p(losses, risk.epsilon, risk.delta, least=risk.least)) <= risk.delta
+        generator = torch.Generator().manual_seed(seed)
+        drawn = losses[torch.randint(len(losses), (9, rows), generator=generator)]
+        return float(betting_p(drawn, risk.epsilon, risk.delta, least=risk.least).median()) <= risk.delta
 
     low, high = 0, 64
     while not enough(high):
         low, high = high, 2 * high
         if high > most:
             return None
-    while high - low > 1:
+    while high - low > max(1, high // 100 if float(losses.abs().max()) else 0):
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high

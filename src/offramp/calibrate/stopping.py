@@ -1,14 +1,14 @@
 """Fitting `Stopping`: mixtures by cross-entropy, values backwards from the last exit, parts by cross-validation."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from offramp.calibrate.ladders import ALWAYS, Ladder, QuotaLadder, SharedLadder, SpendOf
+from offramp.calibrate.ladders import ALWAYS, Ladder, PriceLadder, QuotaLadder, SharedLadder, SpendOf
 from offramp.calibrate.learned import logistic, multinomial, some_rows
 from offramp.calibrate.spend import Spend
 from offramp.cost import Budget, CostModel
@@ -18,7 +18,7 @@ from offramp.simulate import walk
 from offramp.sweep import Sweep
 from offramp.trace import ExitTrace
 
-__all__ = ["CANDIDATES", "Candidate", "StoppingFit", "ValueLadder", "choose_stopping", "fit_mixture", "geometric"]
+__all__ = ["CANDIDATES", "Candidate", "StoppingFit", "choose_stopping", "fit_mixture", "geometric", "value_ladder"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ CANDIDATES = tuple(
 )
 
 
+#: A bias per class makes Newton's steps quadratic in classes; beyond so many, mixtures have weights alone.
+BIAS_CLASSES = 20
+
+
 @dataclass(frozen=True)
 class StoppingFit:
     """How `Stopping` is fitted.
@@ -51,7 +55,7 @@ class StoppingFit:
         candidates: what is compared; the first is the fall-back.
         folds: of the cross-validation.
         margin: a candidate must beat the fall-back by so many standard errors of their difference over rows.
-        ridge: pulls a mixture to the exit's own answer, as mean squares beside nats.
+        ridge: pulls a mixture to the exit's own answer, as sums of squares beside nats.
         budgets: parts of the way from the cheapest exit to the whole model at which candidates are compared.
         seed: of the folds.
     """
@@ -69,6 +73,8 @@ def choose_stopping(
 ) -> tuple[Policy, Ladder]:
     """(the policy that lets every row leave, the ladder) of the candidate that cross-validation prefers."""
     trace.known_labels("Stopping, which is fitted to right and wrong answers,")
+    if trace.classes > BIAS_CLASSES:
+        fit = replace(fit, candidates=tuple(c for c in fit.candidates if c.mixture != "full"))
     best = _preferred(some_rows(trace), costs, flags, fit) if sum(flags) > 1 else fit.candidates[0]
     return _ladder(best, trace, costs, flags, fit)
 
@@ -100,44 +106,19 @@ def geometric(spend: Spend) -> Callable[[float], Float[Tensor, "visit"]]:
     return lambda knob: torch.softmax(place * knob * 9.2103, dim=0)
 
 
-@dataclass(frozen=True)
-class ValueLadder:
-    """Stopping values for a range of prices; the nearest below a budget has its thresholds moved to use it up.
+def value_ladder(start: Stopping, trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...]) -> PriceLadder:
+    """Stopping values for a range of prices.
 
     Backwards from the last exit: the value of going on from exit k is the estimated chance of being right where the
     continuation would leave, less the price of getting there, regressed on what is known at exit k. Chances of being
     right are smooth estimates, not outcomes, which halves the noise of the regression.
     """
+    rows, cumulative = some_rows(trace), costs.cumulative(flags)
 
-    start: Stopping
-    trace: ExitTrace
-    costs: CostModel
-    flags: tuple[bool, ...]
-    prices: tuple[float, ...] = tuple(0.003 * 1.6**i for i in range(16))
-    rungs: int = 100
-    _made: dict[int, tuple[SharedLadder, tuple[float, ...]]] = field(default_factory=dict, compare=False)
+    def make(price: float) -> Stopping:
+        return replace(start, values=Array(_values(start, rows, cumulative, price)))
 
-    def at(self, spend_of: SpendOf) -> Policy:
-        """See `Ladder`."""
-        spend = spend_of(self.flags)
-        low, high = 0, len(self.prices) - 1  # a higher price spends less
-        while low < high:
-            middle = (low + high) // 2
-            if spend.mean(self._rung(middle)[1]) <= spend.amount:
-                high = middle
-            else:
-                low = middle + 1
-        return self._rung(low)[0].at(spend_of)
-
-    def _rung(self, index: int) -> tuple[SharedLadder, tuple[float, ...]]:
-        """(the ladder of the values for a price, the shares with thresholds of 0)."""
-        if index not in self._made:
-            rows = some_rows(self.trace)
-            values = _values(self.start, rows, self.costs.cumulative(self.flags), self.prices[index])
-            ladder = SharedLadder.of(replace(self.start, values=Array(values)), self.trace, self.flags)
-            shares = (1.0,) if ladder.scores is None else ladder.scores.shares_at(0.0)
-            self._made[index] = (ladder, shares)
-        return self._made[index]
+    return PriceLadder(trace, flags, make, tuple(0.003 * 1.6**i for i in range(16)))
 
 
 def _values(start: Stopping, rows: ExitTrace, cumulative: Sequence[float], price: float) -> Float[Tensor, "exit 4"]:
@@ -188,7 +169,7 @@ def _ladder(
     on = None if all(flags) else flags
     start = Stopping((ALWAYS,) * trace.exits, Array(weights), Array(biases), None, on)
     if candidate.rule == "value":
-        return start, ValueLadder(start, trace, costs, flags)
+        return start, value_ladder(start, trace, costs, flags)
     if candidate.rule == "shared":
         return start, SharedLadder.of(start, trace, flags)
     return start, QuotaLadder(start, trace, flags, geometric)

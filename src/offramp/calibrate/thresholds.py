@@ -12,7 +12,7 @@ from torch import Tensor
 from offramp.calibrate.spend import WINDOW, Spend
 from offramp.policies.base import NEVER
 
-__all__ = ["Fitted", "SharedScores", "fit_thresholds", "leave"]
+__all__ = ["Fitted", "SharedScores", "leave"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,6 @@ def leave(scores: Float[Tensor, "early row"], thresholds: Sequence[float]) -> tu
     for k in range(early - 1, -1, -1):
         first[scores[k] >= thresholds[k]] = k
     return tuple((torch.bincount(first, minlength=early + 1).double() / rows).tolist())
-
-
-def fit_thresholds(scores: Float[Tensor, "early row"], spend: Spend, *, apart: bool = True) -> Fitted | None:
-    """`SharedScores(scores).fit(spend)`, for one budget."""
-    return SharedScores(scores).fit(spend, apart=apart)
 
 
 class SharedScores:

@@ -29,7 +29,7 @@ from offramp.cli.options import (
     usage,
 )
 from offramp.cli.show import line, note, percents, result
-from offramp.cli.targets import Place, budgets_of, place_of, risk_of, target_of
+from offramp.cli.targets import Place, budgets_of, check_risk_options, place_of, risk_of, target_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +65,7 @@ def calibrate(
     certify: CertifyOption = None,
     prefer: PreferOption = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Write the cheapest policy where none meets the budget.")
+        bool, typer.Option("--force", help="Write the nearest policy where none meets the target.")
     ] = False,
     json_out: JsonOption = False,
 ) -> None:
@@ -82,6 +82,7 @@ def calibrate(
     )  # fmt: skip
     if certify is not None and risk is None:
         raise usage("--certify belongs to --risk.")
+    check_risk_options(risk, delta, loss, method)
     _write(place, policy.value, list(zip(targets, outs, strict=True)), certify, force, json_out)
 
 
@@ -104,9 +105,9 @@ def _write(
         result(values[0] if len(values) == 1 else {"policies": values}, (), True)
     if missed:
         note(
-            "warning: wrote the cheapest policy all the same."
+            "warning: wrote the nearest policy all the same."
             if force
-            else f"warning: {missed} target(s) cannot be met and were not written; --force writes the cheapest."
+            else f"warning: {missed} target(s) cannot be met and were not written; --force writes the nearest policy."
         )
         raise typer.Exit(INFEASIBLE)
 
@@ -164,7 +165,7 @@ def _value(
     shares = simulate(found.policy, rows, costs).shares
     if not json_out:
         line(f"{found.status}: {found.message}")
-        line(f"left at each exit: {percents(shares)}, of {found.rows} rows")
+        line(f"left at each exit: {percents(shares)}, of {rows.rows} rows")
         if written is not None:
             line(f"wrote {written}")
     return {

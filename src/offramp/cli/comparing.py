@@ -21,7 +21,15 @@ from offramp.cli.options import (
     usage,
 )
 from offramp.cli.show import compared, compared_rows, is_quiet, line, note, percent, result, table
-from offramp.cli.targets import BUDGETS, budgets_of, families_of, known_families, place_of, targets_of
+from offramp.cli.targets import (
+    BUDGETS,
+    budgets_of,
+    check_risk_options,
+    families_of,
+    known_families,
+    place_of,
+    targets_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,6 +81,11 @@ def compare(
     targets = targets_of(budgets, max_drop, metric.value, risk, delta, loss.value, method.value)
     if html is not None:
         check_out(html)
+    check_risk_options(risk, delta, loss, method)
+    if certify is not None and risk is None:
+        raise usage("--certify belongs to --risk.")
+    if split is not None and (test or certify) is not None:
+        raise usage("--split takes all parts from TRACE; leave --test and --certify out.")
     from offramp.compare import compare_pools
     from offramp.meter import Meter
     from offramp.trace import ExitTrace
@@ -81,6 +94,8 @@ def compare(
     rows, prices = place.load()
     names = known_families(names, rows) if policies == "all" else names
     judge = test if test is not None else place.test
+    if certify is not None and judge is None:
+        raise usage("--certify needs rows of their own to judge on: give --test as well.")
     pools, count, how = _pools(
         rows, None if judge is None or split is not None else ExitTrace.load(judge),
         None if certify is None else ExitTrace.load(certify), split, repeats, seed, risk is not None,
@@ -133,6 +148,9 @@ def _pools(
         fit = rows
         if promises and certify is None:
             fit, certify = rows.split((0.5, 0.5), seed=seed)
+        for one in (fit, certify):
+            if one is not None:
+                one.check_apart(test, "test")
         sure = "" if certify is None else f", certified on {certify.rows}"
         how = f"fitted on {fit.rows} rows{sure}, judged on {test.rows} others"
         return [Pool(fit, test, torch.arange(test.rows), certify)], test.rows, how

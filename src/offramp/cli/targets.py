@@ -10,11 +10,12 @@ from offramp.errors import FormatError
 
 if TYPE_CHECKING:
     from offramp.calibrate import Risk, Target
-    from offramp.cost import CostModel
+    from offramp.cost import Budget, CostModel
     from offramp.trace import ExitTrace
 
 __all__ = [
-    "BUDGETS", "Place", "budgets_of", "families_of", "known_families", "place_of", "risk_of", "target_of", "targets_of",
+    "BUDGETS", "Place", "budgets_of", "check_risk_options", "families_of", "known_families", "numbers_of", "place_of",
+    "risk_of", "target_of", "targets_of",
 ]  # fmt: skip
 
 BUDGETS = "0.3:0.9:0.1"
@@ -44,16 +45,13 @@ class Place:
         """Where a run keeps the policy of a family for a target."""
         from offramp.runs import policies_folder
 
-        kind = type(target).__name__
-        if kind == "Budget":
-            unit = {"fraction": "", "flops": "flops", "ms": f"ms-b{target.batch_size}"}[target.unit]
-            name = f"{target.amount:.6g}{unit}"
-        else:
-            name = {
-                "MaxDrop": lambda: f"drop-{target.drop:g}-{target.metric}",
-                "Risk": lambda: _risk_name(target),
-                "Joint": lambda: f"{_risk_name(target.risk)}-{target.prefer}-{target.budget.amount:.6g}",
-            }.get(kind, lambda: "error-rate")()
+        name = {
+            "Budget": lambda: _budget_name(target),
+            "MaxDrop": lambda: f"drop-{target.drop:g}-{target.metric}",
+            "Risk": lambda: _risk_name(target),
+            "Joint": lambda: f"{_risk_name(target.risk)}-{target.prefer}-{_budget_name(target.budget)}",
+            "ErrorRate": lambda: "error-rate" + (f"-{target.confidence:g}" if target.confidence else ""),
+        }[type(target).__name__]()
         return policies_folder(self.run or Path()) / f"{family}-{name}.json"
 
 
@@ -78,6 +76,11 @@ def place_of(trace: Path, costs: Path | None) -> Place:
         raise FormatError(f"{trace} has no costs. Measure them: offramp measure {trace}")
     judge = trace_path(trace, test) if test != fit and trace_path(trace, test).is_file() else None
     return Place(found, prices, trace, judge)
+
+
+def _budget_name(budget: "Budget") -> str:
+    unit = {"fraction": "", "flops": "flops", "ms": f"ms-b{budget.batch_size}"}[budget.unit]
+    return f"{budget.amount:.6g}{unit}".replace("+", "")
 
 
 def _risk_name(risk: "Risk") -> str:
@@ -135,6 +138,13 @@ def risk_of(epsilon: float | None, delta: float, loss: str, method: str) -> "Ris
     return Risk(epsilon, delta, loss, method)  # type: ignore[arg-type]
 
 
+def check_risk_options(risk: Any, delta: float, loss: str, method: str) -> None:
+    """Nothing, when what only a risk has was not asked for without one; else wrong usage."""
+    for name, value, usual in (("--delta", delta, 0.1), ("--loss", loss, "drop"), ("--method", method, "auto")):
+        if risk is None and value != usual:
+            raise usage(f"{name} belongs to --risk.")
+
+
 def targets_of(
     budgets: str | None, max_drop: str | None, metric: str, risks: str | None = None, delta: float = 0.1,
     loss: str = "drop", method: str = "auto",
@@ -147,9 +157,9 @@ def targets_of(
     if budgets is not None or (max_drop is None and risks is None):
         found += [Budget(fraction=fraction) for fraction in budgets_of(budgets or BUDGETS)]
     if max_drop is not None:
-        found += [MaxDrop(drop, metric) for drop in budgets_of(max_drop, "--max-drop")]
+        found += [MaxDrop(drop, metric) for drop in numbers_of(max_drop, "--max-drop")]
     if risks is not None:
-        found += [risk_of(epsilon, delta, loss, method) for epsilon in budgets_of(risks, "--risk")]
+        found += [risk_of(epsilon, delta, loss, method) for epsilon in numbers_of(risks, "--risk")]
     return found
 
 
@@ -174,7 +184,15 @@ def known_families(names: tuple[str, ...], rows: "ExitTrace") -> tuple[str, ...]
 
 
 def budgets_of(text: str, option: str = "--budgets") -> tuple[float, ...]:
-    """The fractions in "0.3,0.5", or from "0.3:0.9:0.1", where the last counts."""
+    """The fractions in "0.3,0.5", or from "0.3:0.9:0.1", where the last counts; all above 0."""
+    found = numbers_of(text, option)
+    if not all(found):
+        raise usage(f"{option} is {text!r}; expected numbers above 0.")
+    return found
+
+
+def numbers_of(text: str, option: str) -> tuple[float, ...]:
+    """The numbers in "0,0.01", or from "0:0.05:0.01", where the last counts."""
     try:
         if ":" not in text:
             found = tuple(float(part) for part in text.split(","))
@@ -184,8 +202,8 @@ def budgets_of(text: str, option: str = "--budgets") -> tuple[float, ...]:
             found = tuple(round(first + i * step, 9) for i in range(count + 1) if first + i * step <= last + 1e-9)
     except (ValueError, OverflowError):
         found = ()
-    if not found or not all(0 < fraction < float("inf") for fraction in found) or len(found) > 1000:
+    if not found or not all(0 <= number < float("inf") for number in found) or len(found) > 1000:
         raise usage(
-            f"{option} is {text!r}; expected FIRST:LAST:STEP, e.g. 0.3:0.9:0.1, or numbers above 0 with commas."
+            f"{option} is {text!r}; expected numbers with commas, none below 0, or FIRST:LAST:STEP, e.g. 0.3:0.9:0.1."
         )
     return found

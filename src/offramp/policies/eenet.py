@@ -136,4 +136,5 @@ def raw_score(seen: Float[Tensor, "batch feature"], weights: tuple[Tensor, ...])
     if len(weights) == 1:
         return (seen * weights[0]).sum(dim=-1)  # not `@`, whose last bits depend on how many rows there are
     first, first_bias, second, second_bias = weights
-    return torch.sigmoid(seen @ first.T + first_bias) @ second + second_bias
+    hidden = torch.sigmoid((seen[:, None, :] * first).sum(dim=-1) + first_bias)
+    return (hidden * second).sum(dim=-1) + second_bias
