@@ -69,12 +69,15 @@ def test_a_budget_below_the_first_exit_is_code_3_and_writes_nothing(here: Path, 
 
 
 @pytest.mark.parametrize("how", ["halves", "test"])
-def test_compare(here: Path, how: str) -> None:
-    words = ["compare", here / "trace.safetensors", "--costs", here / "costs.json", "--policies", "max-prob,beem-c"]
+def test_compare(here: Path, tmp_path: Path, how: str) -> None:
+    fit, other = ExitTrace.load(here / "trace.safetensors").split((0.5, 0.5))
+    fit.save(tmp_path / "fit.safetensors")
+    other.save(tmp_path / "other.safetensors")
+    words = ["compare", tmp_path / "fit.safetensors", "--costs", here / "costs.json", "--policies", "max-prob,beem-c"]
     words += [
         "--budgets",
         "0.5:0.7:0.1",
-        *(["--repeats", 2] if how == "halves" else ["--test", here / "trace.safetensors"]),
+        *(["--repeats", 2] if how == "halves" else ["--test", tmp_path / "other.safetensors"]),
     ]
     rows = json.loads(offramp(*words, "--json").stdout)["rows"]
     assert [(r["family"], r["target"][:3]) for r in rows[:2]] == [("max-prob", "0.5"), ("beem-c", "0.5")]
@@ -83,6 +86,16 @@ def test_compare(here: Path, how: str) -> None:
     shown = offramp(*words).stdout
     assert "max-prob" in shown
     assert "left at each exit" in shown
+
+
+def test_compare_judges_no_rows_that_it_fitted_on(here: Path) -> None:
+    words = ("compare", here / "trace.safetensors", "--costs", here / "costs.json", "--policies", "max-prob")
+    assert "test rows are also used for something else" in mistake(*words, "--test", here / "trace.safetensors")
+    assert "--certify belongs to --risk" in mistake(*words, "--certify", here / "trace.safetensors", code=2)
+    certified = ("--risk", "0.1", "--certify", here / "trace.safetensors")
+    assert "give --test as well" in mistake(*words, *certified, code=2)
+    assert "leave --test and --certify out" in mistake(*words, *certified, "--split", "0.4,0.3,0.3", code=2)
+    assert "--delta belongs to --risk" in mistake(*words, "--delta", "0.2", code=2)
 
 
 def test_predict_a_split_agrees_with_python(here: Path) -> None:
@@ -140,8 +153,8 @@ def test_mistakes_of_words(here: Path, tmp_path: Path) -> None:
     assert "'digit' is not one of" in mistake("train", "digit", *out, code=2)
     assert "give exactly one" in mistake(*fitted(here, "--fraction", 0.5, "--ms", 3), *out, code=2)
     assert "give exactly one" in mistake(*fitted(here), *out, code=2)
-    assert "numbers above 0" in mistake(*fitted(here, "--fraction", "nan"), *out, code=2)
-    assert "expected FIRST:LAST:STEP" in mistake(
+    assert "numbers with commas" in mistake(*fitted(here, "--fraction", "nan"), *out, code=2)
+    assert "or FIRST:LAST:STEP" in mistake(
         "compare", here / "trace.safetensors", "--costs", here / "costs.json", "--budgets", "0.9:0.3:0", code=2
     )
     assert "expected whole numbers" in mistake("measure", here / "run", "--batch-sizes", "1,x", *out, code=2)
@@ -193,7 +206,7 @@ def test_damaged_runs_are_refused(here: Path, tmp_path: Path) -> None:
 
 
 def test_a_training_that_is_interrupted_goes_on(tmp_path: Path) -> None:
-    words = ["train", "digits", "--epochs", "4", "--limit", "100", "--batch-size", "50", "--out", str(tmp_path / "run")]
+    words = ["train", "digits", "--epochs", "9", "--limit", "100", "--batch-size", "50", "--out", str(tmp_path / "run")]
     process = subprocess.Popen([*PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 200
     while not (tmp_path / "run" / "checkpoint" / "train.safetensors").exists() and time.monotonic() < end:
@@ -208,7 +221,7 @@ def test_a_training_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     assert "goes on with it" in mistake("record", tmp_path / "run", "--out", tmp_path / "t.safetensors")
     again = json.loads(offramp(*words, "--json").stdout)
     assert again["report"]["resumed_from"] > 0
-    assert again["report"]["steps"] == 8
+    assert again["report"]["steps"] == 18
 
 
 def test_a_reader_that_leaves_is_no_error(here: Path) -> None:

@@ -82,10 +82,7 @@ def compare(
     if html is not None:
         check_out(html)
     check_risk_options(risk, delta, loss, method)
-    if certify is not None and risk is None:
-        raise usage("--certify belongs to --risk.")
-    if split is not None and (test or certify) is not None:
-        raise usage("--split takes all parts from TRACE; leave --test and --certify out.")
+    _check_parts(test, certify, split, risk)
     from offramp.compare import compare_pools
     from offramp.meter import Meter
     from offramp.trace import ExitTrace
@@ -94,8 +91,6 @@ def compare(
     rows, prices = place.load()
     names = known_families(names, rows) if policies == "all" else names
     judge = test if test is not None else place.test
-    if certify is not None and judge is None:
-        raise usage("--certify needs rows of their own to judge on: give --test as well.")
     pools, count, how = _pools(
         rows, None if judge is None or split is not None else ExitTrace.load(judge),
         None if certify is None else ExitTrace.load(certify), split, repeats, seed, risk is not None,
@@ -120,6 +115,14 @@ def _tell(found: "Sequence[Compared]", value: dict[str, Any], how: str, html: Pa
     note("status is that of the calibration; cost and accuracy are of the rows that it did not see.")
     if html is not None:
         line(f"wrote {html}")
+
+
+def _check_parts(test: Path | None, certify: Path | None, split: str | None, risk: str | None) -> None:
+    """Nothing, when every part that is given is used; else wrong usage."""
+    if certify is not None and risk is None:
+        raise usage("--certify belongs to --risk.")
+    if split is not None and (test or certify) is not None:
+        raise usage("--split takes all parts from TRACE; leave --test and --certify out.")
 
 
 def _pools(
@@ -154,6 +157,8 @@ def _pools(
         sure = "" if certify is None else f", certified on {certify.rows}"
         how = f"fitted on {fit.rows} rows{sure}, judged on {test.rows} others"
         return [Pool(fit, test, torch.arange(test.rows), certify)], test.rows, how
+    if certify is not None:
+        raise usage("--certify needs rows of their own to judge on: give --test as well.")
     pools = halves(rows, repeats, seed=seed, certify=promises)
     how = f"{repeats} times one half of the {rows.rows} rows calibrates and the other judges, and back"
     return pools, rows.rows, how + (" (half of the first certifies)" if promises else "")
