@@ -24,7 +24,6 @@ from offramp.cli.show import compared, compared_rows, is_quiet, line, note, perc
 from offramp.cli.targets import (
     BUDGETS,
     budgets_of,
-    check_risk_options,
     families_of,
     known_families,
     place_of,
@@ -81,7 +80,6 @@ def compare(
     targets = targets_of(budgets, max_drop, metric.value, risk, delta, loss.value, method.value)
     if html is not None:
         check_out(html)
-    check_risk_options(risk, delta, loss, method)
     _check_parts(test, certify, split, risk)
     from offramp.compare import compare_pools
     from offramp.meter import Meter

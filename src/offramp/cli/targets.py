@@ -153,6 +153,7 @@ def targets_of(
     from offramp.calibrate import MaxDrop
     from offramp.cost import Budget
 
+    check_risk_options(risks, delta, loss, method)
     found: list[Any] = []
     if budgets is not None or (max_drop is None and risks is None):
         found += [Budget(fraction=fraction) for fraction in budgets_of(budgets or BUDGETS)]
