@@ -207,7 +207,10 @@ def test_damaged_runs_are_refused(here: Path, tmp_path: Path) -> None:
 
 def test_a_training_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     words = ["train", "digits", "--epochs", "9", "--limit", "100", "--batch-size", "50", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen([*PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     end = time.monotonic() + 200
     while not (tmp_path / "run" / "checkpoint" / "train.safetensors").exists() and time.monotonic() < end:
         assert process.poll() is None, process.communicate()
