@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from offramp.errors import ShapeError
 from offramp.policies.arrays import Array
 from offramp.policies.base import Evidence, State, Step, as_flags, as_floats, fires
+from offramp.policies.mixtures import check_mixture, nothing_mixed
 
 __all__ = ["Stopping", "mix", "value_features"]
 
@@ -49,13 +49,7 @@ class Stopping:
     per_exit: ClassVar[tuple[str, ...]] = ("thresholds", "enabled")
 
     def __post_init__(self) -> None:
-        arrays = (self.weights, self.biases) if self.values is None else (self.weights, self.biases, self.values)
-        if not all(isinstance(array, Array) for array in arrays):
-            raise ShapeError(f"weights, biases and values are {[type(a).__name__ for a in arrays]}; expected Arrays.")
-        shapes = [tuple(array.shape) for array in arrays]
-        exits, classes = shapes[1] if len(shapes[1]) == 2 else (-1, -1)
-        if shapes != [(exits, exits), (exits, classes), (exits, 4)][: len(shapes)]:
-            raise ShapeError(f"weights, biases and values have shapes {shapes}; expected [E E], [E cls], [E 4].")
+        check_mixture(self.weights, self.biases, self.values, "values", "[E 4]")
         object.__setattr__(self, "thresholds", as_floats(self.thresholds, "thresholds"))
         object.__setattr__(self, "enabled", as_flags(self.enabled))
 
@@ -65,12 +59,7 @@ class Stopping:
         Raises:
             ShapeError: it was fitted for another number of classes.
         """
-        if seen.logits.shape[-1] != self.biases.shape[1]:
-            raise ShapeError(
-                f"Stopping was fitted for {self.biases.shape[1]} classes, got {seen.logits.shape[-1]}: calibrate again."
-            )
-        first = seen.logits[:, 0]
-        return seen.logits[:, None, :][:, :0].float(), torch.full_like(first, -1, dtype=torch.int64)
+        return nothing_mixed(self, seen), torch.full_like(seen.logits[:, 0], -1, dtype=torch.int64)
 
     def step(self, k: int, seen: Evidence, state: State) -> Step:
         """Stop where the mixture is sure enough, or where going on is not worth its price."""

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from offramp.errors import ShapeError
 from offramp.policies.arrays import Array
 from offramp.policies.base import Evidence, State, Step, as_flags, as_floats, fires
+from offramp.policies.mixtures import check_mixture, nothing_mixed
 
 __all__ = ["ZTW", "mixed"]
 
@@ -45,14 +45,7 @@ class ZTW:
     per_exit: ClassVar[tuple[str, ...]] = ("thresholds", "enabled")
 
     def __post_init__(self) -> None:
-        arrays = (self.weights, self.biases) if self.cascade is None else (self.weights, self.biases, self.cascade)
-        if not all(isinstance(array, Array) for array in arrays):
-            raise ShapeError(f"weights, biases and cascade are {[type(a).__name__ for a in arrays]}; expected Arrays.")
-        shapes = [tuple(array.shape) for array in arrays]
-        exits, classes = shapes[1] if len(shapes[1]) == 2 else (-1, -1)
-        expected = [(exits, exits), (exits, classes), (exits, classes, classes)][: len(shapes)]
-        if shapes != expected:
-            raise ShapeError(f"weights, biases and cascade have shapes {shapes}; expected [E E], [E cls], [E cls cls].")
+        check_mixture(self.weights, self.biases, self.cascade, "cascade", "[E cls cls]")
         object.__setattr__(self, "thresholds", as_floats(self.thresholds, "thresholds"))
         object.__setattr__(self, "enabled", as_flags(self.enabled))
 
@@ -62,11 +55,7 @@ class ZTW:
         Raises:
             ShapeError: it was fitted for another number of classes.
         """
-        if seen.logits.shape[-1] != self.biases.shape[1]:
-            raise ShapeError(
-                f"ZTW was fitted for {self.biases.shape[1]} classes, got {seen.logits.shape[-1]}: calibrate again."
-            )
-        return (seen.logits[:, None, :][:, :0].float(),)
+        return (nothing_mixed(self, seen),)
 
     def step(self, k: int, seen: Evidence, state: State) -> Step:
         """Stop where the ensemble of the exits so far is confident enough; its answer are its log-probabilities."""
