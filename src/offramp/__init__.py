@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from offramp.measure import measure
     from offramp.model import MultiExitModel
     from offramp.objectives import DepthWeighted, Distill, EENetLoss, FinalOnly, SelfDistill, TwoStage, Uniform
+    from offramp.onnx import OnnxFile, export
     from offramp.policies import (
         BEEM,
         EERO,
@@ -114,6 +115,7 @@ __all__ = [
     "NoSuchModule",
     "NotStageable",
     "OfframpError",
+    "OnnxFile",
     "Outcome",
     "Patience",
     "Policy",
@@ -139,6 +141,7 @@ __all__ = [
     "check",
     "compare",
     "dumps",
+    "export",
     "learn_certainty",
     "loads",
     "measure",
@@ -161,6 +164,7 @@ _MODULES = {
     "heads": "MapHead TokenHead VectorHead",
     "measure": "measure",
     "model": "MultiExitModel",
+    "onnx": "OnnxFile export",
     "objectives": "DepthWeighted Distill EENetLoss FinalOnly SelfDistill TwoStage Uniform",
     "policies": (
         "AccuracyBins BEEM BERxiT EENet EERO Entropy Evidence FPABEE Fixed JEIDNN MSDNet Margin MaxProb PCEE Patience "

@@ -70,6 +70,11 @@ class Carry:
         self._symbols = symbols
 
     @property
+    def values(self) -> tuple[Any, ...]:
+        """What is carried, in the order that the next stage takes it."""
+        return self._values
+
+    @property
     def mask(self) -> Tensor | None:
         """The attention mask [batch tok] of the rows that are still here, or None when no head needs it."""
         return None if self._plan.mask is None else self._values[self._plan.mask]

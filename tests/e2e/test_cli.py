@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from offramp import BEEM, Calibration, CostModel, ExitTrace, FormatError, MaxProb, dumps
+from offramp import BEEM, Calibration, CostModel, ExitTrace, FormatError, MaxProb, OnnxFile, dumps
 from offramp.cli import app
 from offramp.runs import load_run
 
@@ -225,6 +225,26 @@ def test_a_training_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     again = json.loads(offramp(*words, "--json").stdout)
     assert again["report"]["resumed_from"] > 0
     assert again["report"]["steps"] == 18
+
+
+def test_a_run_is_one_onnx_file(here: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "digits.onnx"
+    policy = ("--policy", here / "policy.json")
+    told = json.loads(offramp("export", here / "run", out, *policy, "--json").stdout)
+    assert (told["out"], told["exits"], told["opset"]) == (str(out), 3, 20)
+    shown = offramp("inspect", out).stdout
+    assert "kind: ONNX file" in shown
+    assert "policy: BEEM" in shown
+    said = offramp("predict", here / "run", *policy, "--split", "test", "--json").stdout.splitlines()
+    work, _, tokenizer = load_run(here / "run")
+    answers = OnnxFile(out)(work.load("test", tokenizer).batch(torch.arange(100)).inputs)
+    exits = [json.loads(each)["exit"] for each in said[:100]]
+    assert sum(a != b for a, b in zip(exits, answers.exit.tolist(), strict=True)) <= 1  # but for a row at its threshold
+    assert "ends in .onnx" in mistake("export", here / "run", tmp_path / "digits.pb", *policy, code=2)
+    assert "no protobuf" not in mistake("inspect", tmp_path / "none.onnx")
+    (tmp_path / "bad.onnx").write_bytes(b"nothing of the kind")
+    assert "is not an ONNX file" in mistake("inspect", tmp_path / "bad.onnx")
 
 
 def test_a_reader_that_leaves_is_no_error(here: Path) -> None:

@@ -25,6 +25,7 @@ NAMES = [
         "compare",
         "check",
         "predict",
+        "export",
         "report",
         "inspect",
     ),

@@ -22,6 +22,7 @@ from offramp.cli import (
     checking,
     choosing,
     comparing,
+    exporting,
     reporting,
     running,
     training,
@@ -50,6 +51,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     ),
     "check": (checking.check, "offramp check reviews.offramp new.csv"),
     "predict": (answers.predict, "offramp predict reviews.offramp 'a film that stays with you'"),
+    "export": (exporting.export, "offramp export reviews.offramp reviews.onnx"),
     "report": (reporting.report, "offramp report runs/reviews --picture reviews.svg"),
     "inspect": (answers.inspect, "offramp inspect reviews.offramp"),
 }

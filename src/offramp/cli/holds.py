@@ -24,6 +24,8 @@ def holds(path: Path) -> dict[str, Any]:
         )
     if path.suffix == ".safetensors":
         return {"kind": "trace", **_trace(path)}
+    if path.suffix == ".onnx":
+        return {"kind": "ONNX file", **_onnx(path)}
     from offramp.policies import FAMILIES
 
     kind = kind_of(read_json(path))
@@ -62,6 +64,24 @@ def _bundle(folder: Path) -> dict[str, Any]:
         if isinstance(tested, int | float):
             value[f"{name}, tested"] = f"{tested:.4f} right on {choice.tested.get('rows')} rows"
     return value | {"weights_mb": sum(file.stat().st_size for file in folder.iterdir()) / 1e6, **bundle.about}
+
+
+def _onnx(path: Path) -> dict[str, Any]:
+    from offramp.onnx import read_about
+
+    about = read_about(path)
+    found = about.get("calibration")
+    return {
+        "title": about.get("title") or "not told",
+        "labels": about.get("labels", ()),
+        "exits": about["exits"],
+        "visited": about["visited"],
+        "policy": about["policy"]["kind"],
+        "calibration": "none" if found is None else found["message"],
+        "opset": about["opset"],
+        "megabytes": path.stat().st_size / 1e6,
+        "versions": about["versions"],
+    }
 
 
 def _report(path: Path) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from offramp.errors import FormatError
 if TYPE_CHECKING:
     from offramp.bundle import Bundle, Choice
     from offramp.jobs import Job
+    from offramp.policies import Policy
     from offramp.runtime import Runtime
     from offramp.trace import ExitTrace
 
 __all__ = [
-    "Opened", "choice_of", "choices_of", "chosen", "fit_trace", "is_bundle", "open_target", "run_as_bundle",
+    "Opened", "choice_of", "choices_of", "chosen", "fit_trace", "is_bundle", "open_target", "picked",
+    "run_as_bundle",
 ]  # fmt: skip
 
 
@@ -111,8 +113,17 @@ def chosen(
     opened: Opened, policy: str | None, fraction: float | None, ms: float | None, batch_size: int
 ) -> "tuple[str, Runtime]":
     """(name, runtime) of the policy that the options name."""
-    from offramp.cost import Budget
     from offramp.runtime import Runtime
+
+    name, found = picked(opened, policy, fraction, ms, batch_size)
+    return name, Runtime(opened.bundle.model, found)
+
+
+def picked(
+    opened: Opened, policy: str | None, fraction: float | None, ms: float | None, batch_size: int
+) -> "tuple[str, Policy]":
+    """(name, value) of the policy that the options name."""
+    from offramp.cost import Budget
 
     given = [
         name for name, value in (("--policy", policy), ("--fraction", fraction), ("--ms", ms)) if value is not None
@@ -122,13 +133,13 @@ def chosen(
     bundle = opened.bundle
     is_file = policy is not None and (Path(policy).suffix == ".json" or Path(policy).is_file())
     if policy is not None and policy not in bundle.names and is_file:
-        return Path(policy).stem, Runtime(bundle.model, read_policy(Path(policy))[0])
+        return Path(policy).stem, read_policy(Path(policy))[0]
     budget = None
     if fraction is not None or ms is not None:
         budget = Budget(fraction=fraction, ms=ms, batch_size=batch_size)
     if not given and not bundle.policies and opened.work is not None:
         raise usage("--policy is missing: the run has no calibrated policies. See `offramp calibrate`, or give plain.")
-    name, _ = bundle.choose(policy, budget=budget)
+    name, found = bundle.choose(policy, budget=budget)
     if not given and len(bundle.names) > 2:
         note(f"policy: {name} (the default; there are {', '.join(bundle.names)})")
-    return name, bundle.runtime(name)
+    return name, found

@@ -1,0 +1,64 @@
+"""`offramp export`: a bundle as one ONNX file with the exits inside."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from offramp.cli.opening import open_target, picked
+from offramp.cli.options import DataOption, JsonOption, check_out, usage
+from offramp.cli.show import is_quiet, percents, result
+
+__all__ = ["export"]
+
+
+def export(
+    target: Annotated[
+        Path, typer.Argument(metavar="BUNDLE_OR_RUN", help="A folder of `offramp bundle create` or `offramp train`.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, e.g. reviews.onnx.")],
+    policy: Annotated[
+        str | None, typer.Option(help="A policy's name in the bundle, plain for none, or a file.", show_default=False)
+    ] = None,
+    fraction: Annotated[
+        float | None, typer.Option(help="The policy that spends at most this part of the plain model's cost.")
+    ] = None,
+    data: DataOption = None,
+    json_out: JsonOption = False,
+) -> None:
+    """Write stages, heads, a policy and regrouping as one ONNX file that onnxruntime runs by itself.
+
+    Rows that are done leave the batch inside the graph. The file is compared with the model on three rows before it is
+    written. It takes the network's inputs, and `thresholds`, which may be left out.
+    """
+    if out.suffix != ".onnx":
+        raise usage(f"OUT is {str(out)!r}; expected a name that ends in .onnx.")
+    check_out(out)
+    opened = open_target(target, data, "cpu")
+    name, chosen = picked(opened, policy, fraction, None, 1)
+    from offramp.meter import Meter
+    from offramp.onnx import export as write
+    from offramp.onnx import read_about
+
+    began = time.perf_counter()
+    with Meter("stages", opened.bundle.model.exits, show=not is_quiet()) as meter:
+        path = write(opened.bundle, out, policy=name if name in opened.bundle.names else chosen, progress=meter.advance)
+    about = read_about(path)
+    value: dict[str, Any] = {
+        "out": str(path),
+        "bytes": path.stat().st_size,
+        "policy": name,
+        "exits": about["exits"],
+        "visited": about["visited"],
+        "opset": about["opset"],
+        "seconds": time.perf_counter() - began,
+    }
+    lines = [
+        f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB, opset {about['opset']}) in {value['seconds']:.0f} s",
+        f"policy {name}: {type(chosen).__name__}, visits exits {', '.join(map(str, about['visited']))}; "
+        "three rows left where the model lets them leave",
+    ]
+    if (costs := about.get("costs")) is not None:
+        lines.append(f"cost up to each exit, of the plain model: {percents(costs)}")
+    result(value, lines, json_out)
