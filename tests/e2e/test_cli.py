@@ -242,7 +242,7 @@ def test_a_run_is_one_onnx_file(here: Path, tmp_path: Path) -> None:
     exits = [json.loads(each)["exit"] for each in said[:100]]
     assert sum(a != b for a, b in zip(exits, answers.exit.tolist(), strict=True)) <= 1  # but for a row at its threshold
     assert "ends in .onnx" in mistake("export", here / "run", tmp_path / "digits.pb", *policy, code=2)
-    assert "no protobuf" not in mistake("inspect", tmp_path / "none.onnx")
+    assert "does not exist" in mistake("inspect", tmp_path / "none.onnx")
     (tmp_path / "bad.onnx").write_bytes(b"nothing of the kind")
     assert "is not an ONNX file" in mistake("inspect", tmp_path / "bad.onnx")
 

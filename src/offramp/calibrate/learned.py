@@ -109,19 +109,11 @@ def logistic(
         z = x @ beta
         return (F.softplus(z) - y * z).sum() + 0.5 * beta @ eye @ beta
 
-    now = loss(beta)
-    for _ in range(50):
+    def slopes(beta: Tensor) -> tuple[Tensor, Tensor]:
         p = torch.sigmoid(x @ beta)
-        gradient = x.T @ (p - y) + eye @ beta
-        hessian = (x * (p * (1 - p))[:, None]).T @ x + eye
-        step, size = torch.linalg.solve(hessian, gradient), 1.0
-        while size > 1e-4 and loss(beta - size * step) > now:
-            size /= 2
-        beta = beta - size * step
-        before, now = now, loss(beta)
-        if before - now < 1e-10 * (1 + abs(float(now))):
-            break
-    return beta.float()
+        return x.T @ (p - y) + eye @ beta, (x * (p * (1 - p))[:, None]).T @ x + eye
+
+    return _newton(loss, slopes, beta, 50, 1e-10).float()
 
 
 def multinomial(
@@ -135,20 +127,38 @@ def multinomial(
     def loss(b: Tensor) -> Tensor:
         return F.cross_entropy(x @ b, labels) + 0.5 * (b - centre) @ eye @ (b - centre)
 
-    now = loss(beta)
-    for _ in range(30):
-        p = torch.softmax(x @ beta, dim=-1)
-        gradient = torch.einsum("ncp,nc->p", x, p - y) / rows + eye @ (beta - centre)
+    def slopes(b: Tensor) -> tuple[Tensor, Tensor]:
+        p = torch.softmax(x @ b, dim=-1)
         mean = torch.einsum("ncp,nc->np", x, p)
         hessian = (torch.einsum("ncp,nc,ncq->pq", x, p, x) - mean.T @ mean) / rows + eye
+        return torch.einsum("ncp,nc->p", x, p - y) / rows + eye @ (b - centre), hessian
+
+    return _newton(loss, slopes, beta, 30, 1e-9).float()
+
+
+def _newton(
+    loss: Callable[[Tensor], Tensor],
+    slopes: Callable[[Tensor], tuple[Tensor, Tensor]],
+    beta: Tensor,
+    steps: int,
+    least: float,
+) -> Tensor:
+    """Where a convex loss is least, by Newton's method with halved steps; `slopes` gives gradient and Hessian.
+
+    Args:
+        least: it ends when a step gains less than this part of the loss.
+    """
+    now = loss(beta)
+    for _ in range(steps):
+        gradient, hessian = slopes(beta)
         step, size = torch.linalg.solve(hessian, gradient), 1.0
         while size > 1e-4 and loss(beta - size * step) > now:
             size /= 2
         beta = beta - size * step
         before, now = now, loss(beta)
-        if before - now < 1e-9 * (1 + abs(float(now))):
+        if before - now < least * (1 + abs(float(now))):
             break
-    return beta.float()
+    return beta
 
 
 def gate_ladder(trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...], *, power: float = 0.5) -> PriceLadder:

@@ -12,7 +12,17 @@ import typer
 from offramp.cli.feeding import Item, items_of
 from offramp.cli.holds import holds
 from offramp.cli.opening import Opened, chosen, open_target
-from offramp.cli.options import BatchSizeOption, DataOption, DeviceOption, JsonOption, split_name, usage
+from offramp.cli.options import (
+    BatchSizeOption,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    PartOption,
+    PolicyOption,
+    TargetArgument,
+    split_name,
+    usage,
+)
 from offramp.cli.show import line, note, percents, result
 from offramp.errors import DataError
 
@@ -23,21 +33,15 @@ __all__ = ["inspect", "predict"]
 
 
 def predict(
-    target: Annotated[
-        Path, typer.Argument(metavar="BUNDLE_OR_RUN", help="A folder of `offramp bundle create` or `offramp train`.")
-    ],
+    target: TargetArgument,
     given: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[TEXT|FILE]...", help="Texts, images, or one table (.csv, .jsonl, ...); - is standard input."
         ),
     ] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="A policy's name in the bundle, plain for none, or a file.", show_default=False)
-    ] = None,
-    fraction: Annotated[
-        float | None, typer.Option(help="The policy that spends at most this part of the plain model's cost.")
-    ] = None,
+    policy: PolicyOption = None,
+    fraction: PartOption = None,
     ms: Annotated[
         float | None, typer.Option(help="The policy that spends at most so many milliseconds a batch.")
     ] = None,

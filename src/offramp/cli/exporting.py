@@ -7,23 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from offramp.cli.opening import open_target, picked
-from offramp.cli.options import DataOption, JsonOption, check_out, usage
+from offramp.cli.options import DataOption, JsonOption, PartOption, PolicyOption, TargetArgument, check_out, usage
 from offramp.cli.show import is_quiet, percents, result
 
 __all__ = ["export"]
 
 
 def export(
-    target: Annotated[
-        Path, typer.Argument(metavar="BUNDLE_OR_RUN", help="A folder of `offramp bundle create` or `offramp train`.")
-    ],
+    target: TargetArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, e.g. reviews.onnx.")],
-    policy: Annotated[
-        str | None, typer.Option(help="A policy's name in the bundle, plain for none, or a file.", show_default=False)
-    ] = None,
-    fraction: Annotated[
-        float | None, typer.Option(help="The policy that spends at most this part of the plain model's cost.")
-    ] = None,
+    policy: PolicyOption = None,
+    fraction: PartOption = None,
     data: DataOption = None,
     json_out: JsonOption = False,
 ) -> None:

@@ -35,6 +35,8 @@ __all__ = [
     "Loss",
     "Metric",
     "MsOption",
+    "PartOption",
+    "PolicyOption",
     "Prefer",
     "PreferOption",
     "RiskLoss",
@@ -43,6 +45,7 @@ __all__ = [
     "RiskMethodOption",
     "RunArgument",
     "SeedOption",
+    "TargetArgument",
     "Task",
     "TraceArgument",
     "check_out",
@@ -142,6 +145,15 @@ class Loss(StrEnum):
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `offramp train` wrote.")]
 TraceArgument = Annotated[
     Path, typer.Argument(metavar="RUN_OR_TRACE", help="A run that was recorded and measured, or a trace file.")
+]
+TargetArgument = Annotated[
+    Path, typer.Argument(metavar="BUNDLE_OR_RUN", help="A folder of `offramp bundle create` or `offramp train`.")
+]
+PolicyOption = Annotated[
+    str | None, typer.Option(help="A policy's name in the bundle, plain for none, or a file.", show_default=False)
+]
+PartOption = Annotated[
+    float | None, typer.Option(help="The policy that spends at most this part of the plain model's cost.")
 ]
 DataOption = Annotated[
     Path | None,

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Weights", "inlined", "joined"]
 
-#: What onnxruntime 1.17 reads.
-IR_VERSION = 10
+#: What goes with opset 20 (ONNX 1.15), so that no newer reader is asked for than the operators need.
+IR_VERSION = 9
 THRESHOLDS = "thresholds"
 
 
