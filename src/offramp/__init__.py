@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from offramp.compare import compare
     from offramp.cost import Budget, CostModel
     from offramp.data import Examples
+    from offramp.engines import engine
     from offramp.errors import (
         DataError,
         FormatError,
@@ -65,9 +66,10 @@ if TYPE_CHECKING:
         dumps,
         loads,
     )
+    from offramp.prediction import Prediction
     from offramp.recipe import Recipe, TrainReport
     from offramp.record import record
-    from offramp.runtime import Prediction, Runtime
+    from offramp.runtime import Runtime
     from offramp.simulate import Outcome, simulate
     from offramp.trace import ExitTrace
     from offramp.train import train
@@ -141,6 +143,7 @@ __all__ = [
     "check",
     "compare",
     "dumps",
+    "engine",
     "export",
     "learn_certainty",
     "loads",
@@ -160,6 +163,7 @@ _MODULES = {
     "compare": "compare",
     "cost": "Budget CostModel",
     "data": "Examples",
+    "engines": "engine",
     "errors": "DataError FormatError MissingExtra NoSuchModule NotStageable OfframpError ShapeError ValueRangeError",
     "heads": "MapHead TokenHead VectorHead",
     "measure": "measure",
@@ -172,7 +176,8 @@ _MODULES = {
     ),
     "recipe": "Recipe TrainReport",
     "record": "record",
-    "runtime": "Prediction Runtime",
+    "prediction": "Prediction",
+    "runtime": "Runtime",
     "simulate": "Outcome simulate",
     "trace": "ExitTrace",
     "train": "train",

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from offramp.calibrate import Calibration, Calibrator, Joint, Options, Risk, Target
+from offramp.calibrate import Calibration, Calibrator, Options, Target, calibrate_with
 from offramp.cost import CostModel
 from offramp.errors import ValueRangeError
 from offramp.policies import (
@@ -78,9 +78,9 @@ def calibrator_of(name: str, trace: ExitTrace, costs: CostModel) -> Calibrator:
 
 
 def calibrate_choice(
-    name: str, trace: ExitTrace, costs: CostModel, target: Target, certify: ExitTrace | None = None
-) -> Calibration:
+    name: str, trace: ExitTrace, costs: CostModel, target: Target, certify: ExitTrace | None = None, *,
+    thin: bool = False,
+) -> Calibration:  # fmt: skip
     """`calibrate` for a family named as in `CHOICES`."""
-    if isinstance(target, Risk | Joint) and certify is None:
-        trace, certify = trace.split((0.5, 0.5))
-    return calibrator_of(name, trace, costs).to(target, certify)
+    family, options = choice(name)
+    return calibrate_with(family, trace, costs, target, Options(**options), certify=certify, thin=thin)

@@ -71,8 +71,9 @@ class TimedCosts:
         plain_s: the whole model without exits.
         stage_s: each stage alone, per exit.
         head_s: each head alone, per exit; 0.0 for the last, whose head is part of the model.
-        step_s: one step of the policy with regrouping, per exit; 0.0 until it was measured.
+        step_s: one step of the policy, per exit; 0.0 until it was measured.
         spread_s: the interquartile range of `plain_s`.
+        regroup_s: taking half of the rows out of the batch behind each exit, 0.0 for the last; () until measured.
     """
 
     batch_size: int
@@ -81,11 +82,12 @@ class TimedCosts:
     head_s: tuple[float, ...]
     step_s: float = 0.0
     spread_s: float = 0.0
+    regroup_s: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise ValueRangeError(f"batch_size is {self.batch_size!r}; expected a whole number, at least 1.")
-        times = (self.plain_s, *self.stage_s, *self.head_s, self.step_s, self.spread_s)
+        times = (self.plain_s, *self.stage_s, *self.head_s, *self.regroup_s, self.step_s, self.spread_s)
         if not all(math.isfinite(s) and s >= 0 for s in times) or self.plain_s <= 0:
             raise ValueRangeError(f"times at batch {self.batch_size} must be finite, at least 0, and plain_s above 0.")
 
@@ -100,6 +102,7 @@ class CostModel:
         plain_flops: FLOPs of the plain model for one row, or None when they were not counted.
         timed: measured times, by rising batch size.
         machine: a line that says where the times were measured.
+        engine, precision: what they were measured with.
     """
 
     stage: tuple[float, ...]
@@ -107,6 +110,8 @@ class CostModel:
     plain_flops: float | None = None
     timed: tuple[TimedCosts, ...] = ()
     machine: str = ""
+    engine: str = "eager"
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         if not self.stage or len(self.stage) != len(self.head):
@@ -114,7 +119,8 @@ class CostModel:
         if not all(math.isfinite(c) and c >= 0 for c in (*self.stage, *self.head)) or sum(self.stage) <= 0:
             raise ValueRangeError("costs must be finite, at least 0, and not all 0.")
         for row in self.timed:
-            if len(row.stage_s) != self.exits or len(row.head_s) != self.exits:
+            lengths = {len(row.stage_s), len(row.head_s), len(row.regroup_s) or self.exits}
+            if lengths != {self.exits}:
                 raise ShapeError(f"times at batch {row.batch_size} are not for {self.exits} exits. Measure again.")
         sizes = [row.batch_size for row in self.timed]
         if sizes != sorted(set(sizes)):
@@ -143,6 +149,10 @@ class CostModel:
     def exits(self) -> int:
         """E, the number of exits."""
         return len(self.stage)
+
+    def measured_with(self, engine: str, precision: str) -> bool:
+        """Whether there are times, measured with this engine in this precision."""
+        return bool(self.timed) and (self.engine, self.precision) == (engine, precision)
 
     def visited(self, enabled: tuple[bool, ...] | None) -> tuple[bool, ...]:
         """Which heads run: those switched on, and the last."""
@@ -195,6 +205,7 @@ class CostModel:
                 spent = _interpolate(stage, rows)
                 if on[k]:
                     spent += _interpolate(head, rows) + _interpolate(step, rows)
+                    spent += _some_leave(shares[k] / max(reach, 1e-12), rows) * self.regroup_s(k, rows)
                 total += chance * spent
             reach -= shares[k]
         return total
@@ -206,13 +217,26 @@ class CostModel:
         """
         bare = dataclasses.replace(
             self,
-            timed=tuple(dataclasses.replace(t, head_s=(0.0,) * self.exits, step_s=0.0) for t in self.timed),
+            timed=tuple(
+                dataclasses.replace(t, head_s=(0.0,) * self.exits, step_s=0.0, regroup_s=()) for t in self.timed
+            ),
         )
         return self.plain_s(batch_size) / bare.seconds(shares, batch_size)
 
     def plain_s(self, rows: int) -> float:
         """Seconds of the plain model on one batch of so many rows."""
         return _interpolate(self._times("plain_s"), rows)
+
+    def span_s(self, k: int, following: int, rows: int) -> float:
+        """Seconds from behind exit k to the end of the step at the next visited exit, for a batch of so many rows."""
+        total = sum(_interpolate(self._times("stage_s", j), rows) for j in range(k + 1, following + 1))
+        return total + _interpolate(self._times("head_s", following), rows) + _interpolate(self._times("step_s"), rows)
+
+    def regroup_s(self, k: int, rows: int) -> float:
+        """Seconds of taking rows out of a batch of so many behind exit k; 0.0 where that was not measured."""
+        if not all(row.regroup_s for row in self.timed):
+            return 0.0
+        return _interpolate(self._times("regroup_s", k), rows)
 
     def stages_s(self, left: Sequence[int]) -> float:
         """Seconds of the stages alone for one batch of which `left[k]` rows leave at exit k."""
@@ -244,7 +268,7 @@ class CostModel:
         try:
             fields = dict(value["fields"])
             timed = tuple(
-                TimedCosts(**{**t, "stage_s": tuple(t["stage_s"]), "head_s": tuple(t["head_s"])})
+                TimedCosts(**{**t, **{name: tuple(t.get(name, ())) for name in ("stage_s", "head_s", "regroup_s")}})
                 for t in fields.pop("timed", ())
             )
             return cls(**{**fields, "stage": tuple(fields["stage"]), "head": tuple(fields["head"])}, timed=timed)
@@ -263,6 +287,12 @@ def _interpolate(points: list[tuple[int, float]], rows: int) -> float:
             return a + (b - a) * (rows - low) / (high - low)
     size, last = points[-1]
     return last * rows / size
+
+
+def _some_leave(share: float, rows: int) -> float:
+    """The chance that of so many rows some leave and some go on."""
+    share = min(1.0, max(0.0, share))
+    return 0.0 if rows < 2 else 1.0 - share**rows - (1.0 - share) ** rows
 
 
 def _binomial(rows: int, chance: float) -> list[tuple[int, float]]:

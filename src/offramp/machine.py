@@ -13,7 +13,7 @@ import torch
 
 from offramp.inputs import Inputs, tensors_of
 
-__all__ = ["Timing", "alternate", "fast_precision", "machine_line", "threads", "versions", "waiter"]
+__all__ = ["Timing", "alternate", "fast_precision", "machine_line", "processor", "threads", "versions", "waiter"]
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,24 @@ class Timing:
 
 def machine_line() -> str:
     """One line: processor, cores, threads, torch and Python versions, GPU if one is used."""
-    name, gpu = platform.processor() or platform.machine(), ""
+    gpu = ""
     if torch.cuda.is_initialized():  # asking for more would touch the GPU
         gpu = f"{torch.cuda.get_device_name()}, "
+    return (
+        f"{gpu}{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), "
+        f"torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def processor() -> str:
+    """The processor's name."""
+    name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
     except OSError:
         pass  # not Linux: the platform's own name will do
-    return (
-        f"{gpu}{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), "
-        f"torch {torch.__version__}, Python {platform.python_version()}"
-    )
+    return name
 
 
 def versions() -> dict[str, str]:

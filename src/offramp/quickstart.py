@@ -13,7 +13,6 @@ from offramp.compare import HEADLINE, Compared, Pool, compare, compare_pooled, h
 from offramp.cost import Budget, CostModel
 from offramp.data import Examples
 from offramp.errors import DataError
-from offramp.inputs import Inputs
 from offramp.jobs import Job, job
 from offramp.machine import machine_line, threads
 from offramp.measure import measure
@@ -25,11 +24,11 @@ from offramp.record import record
 from offramp.runs import save_run
 from offramp.runtime import Runtime
 from offramp.simulate import simulate
-from offramp.timing import Speed, never, time_policies
+from offramp.timing import Speed, batches_of, never, time_policies
 from offramp.trace import ExitTrace
 from offramp.train import train
 
-__all__ = ["QuickResult", "batches_of", "parity", "quickstart", "time_table"]
+__all__ = ["QuickResult", "parity", "quickstart", "time_table"]
 
 FRACTION = 0.5
 SMALL = ("max-prob", "beem-a", "eenet")
@@ -192,18 +191,6 @@ def _table(
     if len(pools) == 1:
         return compare(pools[0].fit, pools[0].test, costs, [target], families)
     return compare_pooled(pools, trace.rows, costs, target, families)
-
-
-def batches_of(examples: Examples, size: int, *, rows: int = 256) -> list[Inputs]:
-    """Whole batches of `size` real rows in file order, about `rows` rows in all, at least one batch.
-
-    Raises:
-        DataError: there are fewer rows than one batch.
-    """
-    count = max(1, min(rows, len(examples)) // size)
-    if len(examples) < size:
-        raise DataError(f"there are {len(examples)} rows, fewer than one batch of {size}. Time smaller batches.")
-    return [examples.batch(torch.arange(i * size, (i + 1) * size)).inputs for i in range(count)]
 
 
 def time_table(

@@ -1,7 +1,7 @@
 """Recording what every exit says about every row of a data set."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -12,8 +12,23 @@ from offramp.errors import DataError, ShapeError, ValueRangeError
 from offramp.loaders import as_data, as_loader
 from offramp.meter import Meter
 from offramp.trace import ExitTrace
+from offramp.units import precision_of
 
-__all__ = ["predict", "record", "to_device"]
+__all__ = ["Says", "predict", "record", "to_device"]
+
+
+@runtime_checkable
+class Says(Protocol):
+    """What says the logits of every exit in its own arithmetic, such as an engine."""
+
+    @property
+    def precision(self) -> str:
+        """Of its arithmetic."""
+        ...
+
+    def says(self, inputs: Any) -> tuple[Tensor, Tensor | None]:
+        """(the logits [exit batch cls], the signals [exit batch sig] or None)."""
+        ...
 
 
 def record(
@@ -24,6 +39,7 @@ def record(
     ids: Sequence[Any] | None = None,
     progress: bool = True,
     precision: str = "fp32",
+    engine: Says | None = None,
 ) -> ExitTrace:
     """The trace of a model over a data set: logits [exit row cls] and labels [row], rows in the data's order; and the
     signals [exit row sig] of a model that has some.
@@ -34,19 +50,22 @@ def record(
         data: `Examples`, a pair (inputs, labels), a torch Dataset with a length, or a DataLoader.
         ids: what names every row; None takes the numbers of `Examples`, and counts the rows of other data.
         precision: "fp32", or "bf16" for autocast; logits are kept as float32 either way.
+        engine: what says the logits instead of the model's own forward: from `engine(model, ...)`. A policy for that
+            engine in another precision is calibrated on its own logits.
 
     Raises:
         DataError: the data are empty or of no kind that can be used.
         ShapeError, ValueRangeError: labels do not fit the model, or logits are NaN or infinite.
     """
     data = as_data(data)
-    logits, signals, labels = _said(model, data, batch_size, progress, precision)
+    logits, signals, labels = _said(model, data, batch_size, progress, precision, engine)
     if ids is None:
         ids = data.ids.tolist() if isinstance(data, Examples) else range(logits.shape[1])
     names: Any = () if signals is None else model.signals
     return ExitTrace(
-        logits=logits, labels=labels, signals=signals, signal_names=names, ids=tuple(str(name) for name in ids)
-    )
+        logits=logits, labels=labels, signals=signals, signal_names=names, ids=tuple(str(name) for name in ids),
+        precision=engine.precision if engine is not None else precision if precision != "fp32" else precision_of(model),
+    )  # fmt: skip
 
 
 def predict(
@@ -64,7 +83,7 @@ def predict(
 
 
 def _said(
-    model: Any, data: Any, batch_size: int, progress: bool, precision: str
+    model: Any, data: Any, batch_size: int, progress: bool, precision: str, engine: Says | None = None
 ) -> tuple[Float[Tensor, "exit row cls"], Float[Tensor, "exit row sig"] | None, Int[Tensor, "row"] | None]:
     """(logits, signals or None, labels or None) on the CPU, rows in the data's order."""
     if precision not in ("fp32", "bf16"):
@@ -81,7 +100,8 @@ def _said(
         with Meter("recording", total=_length(loader), show=progress) as meter, torch.inference_mode():
             for batch in loader:
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    logits, signals = _of_batch(model, to_device(batch.inputs, device))
+                    inputs = to_device(batch.inputs, device)
+                    logits, signals = _of_batch(model, inputs) if engine is None else engine.says(inputs)
                 if logits.ndim != 3:
                     raise ShapeError(
                         f"the model gave shape {list(logits.shape)}; expected [exit batch cls]. Use attach()."

@@ -175,6 +175,13 @@ class Stages:
             return out, None
         return out[0], Carry(plan, out[1:], carry.batch, carry._symbols)
 
+    def after(self, k: int, carry: Carry, values: tuple[Any, ...]) -> Carry:
+        """The carry of these values into stage k+1, when another engine ran stage k on the rows of `carry`."""
+        plan = self._steps[k][2]
+        if plan is None:
+            raise ShapeError(f"stage {k} is the last one; nothing goes on behind it.")
+        return Carry(plan, values, carry.batch, carry._symbols)
+
     def whole(self, inputs: Inputs) -> Tensor:
         """The model's own logits [batch cls] from the same graph, not cut: the plain model in the same engine."""
         return self._whole(inputs)

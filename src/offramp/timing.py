@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from offramp.cost import CostModel
+from offramp.data import Examples
 from offramp.errors import DataError
 from offramp.inputs import Inputs, batch_size
 from offramp.machine import alternate, waiter
@@ -15,7 +16,7 @@ from offramp.policies.base import Evidence, Policy, visits
 from offramp.runtime import Runtime
 from offramp.trace import ExitTrace
 
-__all__ = ["Speed", "never", "time_policies", "with_step_times"]
+__all__ = ["Speed", "batches_of", "never", "over", "promised", "time_policies", "with_step_times"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def time_policies(
     model.eval()
     try:
         with torch.inference_mode():
-            contenders: dict[str, Callable[[], object]] = {f"policy {n}": _over(r, batches) for n, r in runs.items()}
-            contenders |= {"plain": _over(model.plain, batches), "whole": _over(stages.whole, batches)}
+            contenders: dict[str, Callable[[], object]] = {f"policy {n}": over(r, batches) for n, r in runs.items()}
+            contenders |= {"plain": over(model.plain, batches), "whole": over(stages.whole, batches)}
             took = alternate(contenders, rounds=rounds, seconds=seconds, after=waiter(batches[0]))
             exits = {name: [run(b).exit.cpu() for b in batches] for name, run in runs.items()}
     finally:
@@ -92,8 +93,7 @@ def time_policies(
         total = torch.stack(counts).sum(dim=0).double()
         promise = None
         if costs is not None and costs.timed:
-            # both from one measurement: plain and stages took turns there
-            promise = len(batches) * costs.plain_s(size) / sum(costs.stages_s(c.tolist()) for c in counts)
+            promise = promised(costs, size, [c.tolist() for c in counts])
         per = 1000.0 / len(batches)
         speeds.append(
             Speed(
@@ -110,7 +110,31 @@ def time_policies(
     return tuple(speeds)
 
 
-def _over(call: Callable[[Inputs], object], batches: Sequence[Inputs]) -> Callable[[], object]:
+def promised(costs: CostModel, size: int, left: Sequence[Sequence[int]]) -> float:
+    """The speed-up that the stages alone allow: plain time over the stages' times at the sizes that reached them.
+
+    Args:
+        costs: from `measure`: plain and stages took turns there.
+        size: rows in each batch.
+        left: for each batch, how many rows left at each exit.
+    """
+    return len(left) * costs.plain_s(size) / sum(costs.stages_s(counts) for counts in left)
+
+
+def batches_of(examples: Examples, size: int, *, rows: int = 256) -> list[Inputs]:
+    """Whole batches of `size` real rows in file order, about `rows` rows in all, at least one batch.
+
+    Raises:
+        DataError: there are fewer rows than one batch.
+    """
+    count = max(1, min(rows, len(examples)) // size)
+    if len(examples) < size:
+        raise DataError(f"there are {len(examples)} rows, fewer than one batch of {size}. Time smaller batches.")
+    return [examples.batch(torch.arange(i * size, (i + 1) * size)).inputs for i in range(count)]
+
+
+def over(call: Callable[[Inputs], object], batches: Sequence[Inputs]) -> Callable[[], object]:
+    """What makes one call for each batch."""
     return lambda: [call(batch) for batch in batches]
 
 

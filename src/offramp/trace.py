@@ -32,6 +32,7 @@ class ExitTrace:
         signal_names: what each signal is called; a policy gets those that it needs by name.
         ids: one string per row, or None; they say which rows were used for what.
         source: a line that says what was recorded, for reports.
+        precision: of the arithmetic that gave the logits; thresholds of one precision do not hold in another.
 
     Raises:
         ShapeError, ValueRangeError: wrong axes, no rows, labels outside the classes, NaN or infinite logits.
@@ -43,6 +44,7 @@ class ExitTrace:
     signal_names: tuple[str, ...] = ()
     ids: tuple[str, ...] | None = None
     source: str = field(default="")
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         logits = check_shape(torch.as_tensor(self.logits), "exit row cls", "logits")
@@ -144,6 +146,7 @@ class ExitTrace:
             signal_names=self.signal_names,
             ids=None if self.ids is None else tuple(self.ids[i] for i in index.tolist()),
             source=self.source,
+            precision=self.precision,
         )
 
     def split(self, shares: Sequence[float | int] = (0.4, 0.3, 0.3), *, seed: int = 0) -> tuple["ExitTrace", ...]:
@@ -216,6 +219,8 @@ class ExitTrace:
         if self.signals is not None:
             tensors["signals"] = (self.signals.half() if half else self.signals).contiguous()
         about = {"kind": KIND, "version": str(VERSION), "source": self.source}
+        if self.precision != "fp32":
+            about["precision"] = self.precision
         if self.ids is not None:
             about["ids"] = json.dumps(self.ids)
         if self.signal_names:
@@ -244,6 +249,7 @@ class ExitTrace:
         try:
             ids = tuple(json.loads(about["ids"])) if "ids" in about else None
             names = tuple(json.loads(about.get("signal_names", "[]")))
-            return cls(ids=ids, source=about.get("source", ""), signal_names=names, **tensors)
+            source, precision = about.get("source", ""), about.get("precision", "fp32")
+            return cls(ids=ids, source=source, signal_names=names, precision=precision, **tensors)
         except (ValueError, TypeError, RecursionError) as error:
             raise FormatError(f"{path} is a damaged trace: {error} Record it again.") from None

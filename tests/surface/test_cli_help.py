@@ -24,6 +24,7 @@ NAMES = [
         "calibrate",
         "compare",
         "check",
+        "bench",
         "predict",
         "export",
         "report",

@@ -74,6 +74,7 @@ PUBLIC = [
     "check",
     "compare",
     "dumps",
+    "engine",
     "export",
     "learn_certainty",
     "loads",

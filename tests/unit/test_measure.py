@@ -1,5 +1,7 @@
 """What a model costs: FLOPs that can be worked out by hand, and times that are of the right kind."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -86,4 +88,5 @@ def test_step_times_are_added_at_every_size():
     costs = measure(network, torch.randn(2, 1, 8, 8), batch_sizes=(1, 4), rounds=3, seconds=0.1)
     timed = with_step_times(costs, MaxProb(0.5), trace, seconds=0.05)
     assert all(t.step_s > 0 for t in timed.timed)
-    assert timed.seconds((0.0, 0.0, 1.0), 4) > costs.seconds((0.0, 0.0, 1.0), 4)
+    free = replace(costs, timed=tuple(replace(t, step_s=0.0) for t in costs.timed))
+    assert timed.seconds((0.0, 0.0, 1.0), 4) > free.seconds((0.0, 0.0, 1.0), 4)

@@ -22,16 +22,18 @@ from offramp.bundle.files import compare, example_tensors, read_example, read_pr
 from offramp.bundle.model import BundledModel, decode_model, encode_model
 from offramp.bundle.store import Manifest, Write, read_manifest, write_store
 from offramp.cost import Budget, CostModel
+from offramp.engines import Engine
+from offramp.engines import engine as engine_of
 from offramp.errors import DataError, FormatError, ValueRangeError
 from offramp.graph import three_rows
 from offramp.inputs import Inputs
 from offramp.machine import machine_line, versions
 from offramp.model import ExitModel
 from offramp.policies import Policy
-from offramp.policies.base import check_exits
+from offramp.policies.base import check_exits, check_signals
 from offramp.preprocess import Preprocess
 from offramp.record import to_device
-from offramp.runtime import Runtime, check_signals
+from offramp.runtime import Runtime
 
 __all__ = ["Answer", "Bundle"]
 
@@ -136,9 +138,30 @@ class Bundle:
         name = max(kept, key=lambda each: (kept[each], self.policies[each].tested.get("accuracy") or 0.0))
         return name, self.policies[name].policy
 
-    def runtime(self, name: str | None = None, *, budget: Budget | None = None) -> Runtime:
-        """The runtime under the policy that `choose` gives."""
-        return Runtime(self.model, self.choose(name, budget=budget)[1])
+    def runtime(
+        self,
+        name: str | None = None,
+        *,
+        budget: Budget | None = None,
+        engine: str | Engine = "eager",
+        precision: str | None = None,
+        threads: int | None = None,
+    ) -> Runtime:
+        """The runtime under the policy that `choose` gives, on the engine; the bundle's costs say where regrouping pays
+        when they were measured with it.
+
+        Args:
+            name, budget: which policy.
+            engine, precision, threads: as for `Runtime`.
+        """
+        name, policy = self.choose(name, budget=budget)
+        found = None if name not in self.policies else self.policies[name].calibration
+        if not isinstance(engine, Engine):
+            engine = engine_of(self.model, engine, precision=precision, threads=threads)
+        costs = (
+            self.costs if self.costs is not None and self.costs.measured_with(engine.name, engine.precision) else None
+        )
+        return Runtime(self.model, policy, engine, costs=costs, calibrated=None if found is None else found.precision)
 
     def predict(
         self,

@@ -8,16 +8,17 @@ from offramp.calibrate.eenet import EENetFit
 from offramp.calibrate.error_rate import ErrorRate
 from offramp.calibrate.families import Options, Weights, beem_weights
 from offramp.calibrate.max_drop import MaxDrop
+from offramp.calibrate.profit import profitable, thinned
 from offramp.calibrate.quotas import quota_thresholds
 from offramp.calibrate.result import Calibration
 from offramp.calibrate.risk import Joint, Promise, Risk
-from offramp.cost import CostModel
-from offramp.policies import Policy
+from offramp.cost import Budget, CostModel
+from offramp.policies import Fixed, Policy
 from offramp.trace import ExitTrace
 
 __all__ = [
     "Calibration", "Calibrator", "EENetFit", "ErrorRate", "Joint", "MaxDrop", "Options", "Promise", "Risk", "Target",
-    "beem_weights", "calibrate", "quota_thresholds",
+    "beem_weights", "calibrate", "calibrate_with", "quota_thresholds",
 ]  # fmt: skip
 
 
@@ -32,11 +33,15 @@ def calibrate(
     reset: Literal["own", "zero"] = "own",
     fit: EENetFit | None = None,
     enabled: Sequence[bool] | None = None,
+    thin: bool = False,
 ) -> Calibration:
     """The policy of a family that meets a target on a trace.
 
     A budget is met from below: the mean cost is the largest the family reaches that is not above it. It is a statement
     about the rows of the trace; rows of another kind may spend more. A risk is a statement about new rows.
+
+    For a budget in milliseconds, exits whose price in measured time is more than they save are switched off, and where
+    the plain model is faster than any policy of the family the result is the plain model, with a sentence that says so.
 
     Example:
         >>> trace = ExitTrace(logits=torch.randn(3, 200, 4), labels=torch.randint(4, (200,)))
@@ -56,13 +61,40 @@ def calibrate(
         reset: BEEM's, see there.
         fit: EENet's settings.
         enabled: exits that may be used; None means all. The last is always used, whatever its flag.
+        thin: for a budget: try to do with fewer exits, as long as the rows of the trace are answered no worse.
 
     Raises:
         ShapeError: trace, costs and flags are for different numbers of exits.
         ValueRangeError: the family is unknown, or cannot be calibrated to this target.
         DataError: labels are needed and missing.
     """
-    options = Options(weights, reset, fit)
+    return calibrate_with(
+        family, trace, costs, target, Options(weights, reset, fit), certify=certify, enabled=enabled, thin=thin
+    )
+
+
+def calibrate_with(
+    family: type | Policy,
+    trace: ExitTrace,
+    costs: CostModel,
+    target: Target,
+    options: Options,
+    *,
+    certify: ExitTrace | None = None,
+    enabled: Sequence[bool] | None = None,
+    thin: bool = False,
+) -> Calibration:
+    """`calibrate` with the settings of families in one value."""
     if isinstance(target, Risk | Joint) and certify is None and isinstance(trace, ExitTrace):
         trace, certify = trace.split((0.5, 0.5))
-    return Calibrator(family, trace, costs, options, enabled=enabled).to(target, certify)
+    first = Calibrator(family, trace, costs, options, enabled=enabled)
+    fixed = family is Fixed or isinstance(family, Fixed)
+    chosen = enabled is not None or (not isinstance(family, type) and getattr(family, "enabled", None) is not None)
+    if not isinstance(target, Budget) or fixed or chosen:
+        return first.to(target, certify)
+
+    def make(flags: tuple[bool, ...]) -> Calibrator:
+        return first if all(flags) else Calibrator(family, trace, costs, options, enabled=flags)
+
+    found = profitable(make, trace, costs, target) if target.unit == "ms" else first.to(target)
+    return thinned(make, trace, target, found) if thin else found

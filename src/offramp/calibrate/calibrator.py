@@ -67,6 +67,9 @@ class Calibrator:
 
     def to(self, target: Target, certify: ExitTrace | None = None) -> Calibration:
         """The calibration to a target; see `calibrate`."""
+        return replace(self._to(target, certify), precision=self.trace.precision)
+
+    def _to(self, target: Target, certify: ExitTrace | None) -> Calibration:
         if isinstance(target, Budget):
             return self.to_budget(target)
         if (task := getattr(self.start, "task", "classes")) != "classes":

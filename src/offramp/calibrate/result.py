@@ -35,6 +35,7 @@ class Calibration:
         message: the same as a sentence for a person.
         rows: how many rows it was fitted on.
         promise: for Risk and Joint, what holds on new rows and what that rests on; None otherwise.
+        precision: of the logits that it was fitted on; in another the thresholds need not hold.
     """
 
     policy: Policy
@@ -44,6 +45,7 @@ class Calibration:
     message: str
     rows: int
     promise: Promise | None = None
+    precision: str = "fp32"
 
     def save(self, path: str | Path) -> Path:
         """The path, after the calibration was written to it as JSON (atomically)."""
@@ -55,6 +57,7 @@ class Calibration:
             "message": self.message,
             "rows": self.rows,
             **({} if self.promise is None else {"promise": dataclasses.asdict(self.promise)}),
+            **({} if self.precision == "fp32" else {"precision": self.precision}),
         }
         return write_json(path, {"kind": KIND, "version": VERSION, "fields": fields})
 

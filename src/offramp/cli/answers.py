@@ -16,10 +16,13 @@ from offramp.cli.options import (
     BatchSizeOption,
     DataOption,
     DeviceOption,
+    EngineOption,
     JsonOption,
     PartOption,
     PolicyOption,
+    PrecisionOption,
     TargetArgument,
+    ThreadsOption,
     split_name,
     usage,
 )
@@ -55,6 +58,9 @@ def predict(
     data: DataOption = None,
     batch_size: BatchSizeOption = 32,
     device: DeviceOption = "auto",
+    engine: EngineOption = "eager",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = None,
     json_out: JsonOption = False,
 ) -> None:
     """Answer rows under a policy: one JSON object a line, with --json or without, in the rows' order.
@@ -69,7 +75,7 @@ def predict(
         raise usage(f"got {' and '.join(named) or 'none'} of TEXT, --split and --file; give exactly one.")
     _known_encoding(encoding)
     opened = open_target(target, data, device)
-    name, run = chosen(opened, policy, fraction, ms, batch_size)
+    name, run = chosen(opened, policy, fraction, ms, batch_size, engine=engine, precision=precision, threads=threads)
     answers = _Answers(run, opened, name, tuple(filter(None, (keep or "").split(","))))
     if split is not None:
         _answer_split(answers, opened, split, batch_size)

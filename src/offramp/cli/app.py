@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from offramp.cli import (
     answers,
     attaching,
+    benching,
     bundling,
     certainty,
     checking,
@@ -50,6 +51,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
         "offramp compare runs/reviews --policies max-prob,beem-a --budgets 0.4,0.6",
     ),
     "check": (checking.check, "offramp check reviews.offramp new.csv"),
+    "bench": (benching.bench, "offramp bench runs/reviews --engines eager,onnx-file:int8 --html bench.html"),
     "predict": (answers.predict, "offramp predict reviews.offramp 'a film that stays with you'"),
     "export": (exporting.export, "offramp export reviews.offramp reviews.onnx"),
     "report": (reporting.report, "offramp report runs/reviews --picture reviews.svg"),

@@ -64,6 +64,9 @@ def calibrate(
     method: RiskMethodOption = RiskMethod.auto,
     certify: CertifyOption = None,
     prefer: PreferOption = None,
+    thin: Annotated[
+        bool, typer.Option("--thin", help="With a budget: do with fewer exits where no calibration row is lost by it.")
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Write the nearest policy where none meets the target.")
     ] = False,
@@ -83,19 +86,22 @@ def calibrate(
     if certify is not None and risk is None:
         raise usage("--certify belongs to --risk.")
     check_risk_options(risk, delta, loss, method)
-    _write(place, policy.value, list(zip(targets, outs, strict=True)), certify, force, json_out)
+    if thin and (risk is not None or not any(each is not None for each in (fraction, flops, ms))):
+        raise usage("--thin belongs to a budget: --fraction, --flops or --ms.")
+    _write(place, policy.value, list(zip(targets, outs, strict=True)), certify, force, json_out, thin)
 
 
 def _write(
-    place: Place, family: str, wanted: "list[tuple[Any, Path]]", certify: Path | None, force: bool, json_out: bool
-) -> None:
+    place: Place, family: str, wanted: "list[tuple[Any, Path]]", certify: Path | None, force: bool, json_out: bool,
+    thin: bool = False,
+) -> None:  # fmt: skip
     """Nothing; every target's policy is written and told."""
     rows, prices = place.load()
     kept = None if certify is None else _trace(certify)
     missed = 0
     values = []
     for each, path in wanted:
-        found, used = _calibrated(family, rows, prices, each, kept)
+        found, used = _calibrated(family, rows, prices, each, kept, thin)
         written = found.status != "infeasible" or force
         if written:
             found.save(path)
@@ -137,19 +143,25 @@ def _trace(path: Path) -> "ExitTrace":
 
 
 def _calibrated(
-    name: str, rows: "ExitTrace", prices: "CostModel", target: Any, certify: "ExitTrace | None"
+    name: str, rows: "ExitTrace", prices: "CostModel", target: Any, certify: "ExitTrace | None", thin: bool = False
 ) -> "tuple[Calibration, CostModel]":
     """(the calibration, the costs that it was made with)."""
     from offramp.choices import calibrate_choice
 
-    found = calibrate_choice(name, rows, prices, target, certify)
     budget = getattr(target, "budget", target)
-    if getattr(budget, "unit", "") == "ms":
+    timed = getattr(budget, "unit", "") == "ms"
+    if timed and rows.precision != prices.precision:
+        note(
+            f"warning: the trace is in {rows.precision} and the costs were measured in {prices.precision}; record and "
+            "measure with the same engine and precision."
+        )
+    found = calibrate_choice(name, rows, prices, target, certify, thin=thin)
+    if timed and prices.engine in ("eager", "compiled"):  # a graph of onnxruntime has the step inside
         # the first policy's decisions are timed, then they count in the budget
         from offramp.timing import with_step_times
 
         prices = with_step_times(prices, found.policy, rows)
-        found = calibrate_choice(name, rows, prices, target, certify)
+        found = calibrate_choice(name, rows, prices, target, certify, thin=thin)
     return found, prices
 
 

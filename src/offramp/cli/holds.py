@@ -63,7 +63,19 @@ def _bundle(folder: Path) -> dict[str, Any]:
         value[name] = type(choice.policy).__name__ + asked
         if isinstance(tested, int | float):
             value[f"{name}, tested"] = f"{tested:.4f} right on {choice.tested.get('rows')} rows"
-    return value | {"weights_mb": sum(file.stat().st_size for file in folder.iterdir()) / 1e6, **bundle.about}
+    return value | {
+        "weights_mb": sum(file.stat().st_size for file in folder.iterdir()) / 1e6,
+        **bundle.about,
+        **_engines(bundle.model),
+    }
+
+
+def _engines(model: Any) -> dict[str, Any]:
+    """What can run a model here, and with which threads."""
+    from offramp.cache import cache_folder
+    from offramp.engines import about_engines
+
+    return {f"engine {name}": told for name, told in about_engines(model).items()} | {"cache": str(cache_folder())}
 
 
 def _onnx(path: Path) -> dict[str, Any]:
@@ -124,6 +136,7 @@ def _trace(path: Path) -> dict[str, Any]:
         "classes": trace.classes,
         "accuracy": "no labels" if trace.labels is None else trace.accuracy(),
         "signals": 0 if trace.signals is None else trace.signals.shape[2],
+        "precision": trace.precision,
     }
 
 
@@ -136,6 +149,7 @@ def _costs(path: Path) -> dict[str, Any]:
         "cumulative": costs.cumulative(),
         "plain_flops": "not counted" if costs.plain_flops is None else costs.plain_flops,
         "plain_ms": {str(t.batch_size): 1000 * t.plain_s for t in costs.timed} or "not measured",
+        "measured_with": f"{costs.engine} {costs.precision}",
         "machine": costs.machine or "not told",
     }
 
@@ -156,5 +170,6 @@ def _policy(path: Path) -> dict[str, Any]:
             "status": calibration.status,
             "message": calibration.message,
             "rows": calibration.rows,
+            "precision": calibration.precision,
         }
     return value

@@ -110,13 +110,20 @@ def fit_trace(run: Path, exits: int) -> "ExitTrace | None":
 
 
 def chosen(
-    opened: Opened, policy: str | None, fraction: float | None, ms: float | None, batch_size: int
-) -> "tuple[str, Runtime]":
-    """(name, runtime) of the policy that the options name."""
+    opened: Opened, policy: str | None, fraction: float | None, ms: float | None, batch_size: int, *,
+    engine: str = "eager", precision: str | None = None, threads: int | None = None,
+) -> "tuple[str, Runtime]":  # fmt: skip
+    """(name, runtime) of the policy that the options name, on an engine."""
     from offramp.runtime import Runtime
 
     name, found = picked(opened, policy, fraction, ms, batch_size)
-    return name, Runtime(opened.bundle.model, found)
+    if name in opened.bundle.names:
+        return name, opened.bundle.runtime(name, engine=engine, precision=precision, threads=threads)
+    made = None if policy is None else read_policy(Path(policy))[1]
+    return name, Runtime(
+        opened.bundle.model, found, engine, precision=precision, threads=threads,
+        calibrated=None if made is None else made.precision,
+    )  # fmt: skip
 
 
 def picked(

@@ -24,6 +24,7 @@ __all__ = [
     "DeltaOption",
     "DeviceOption",
     "DropOption",
+    "EngineOption",
     "EpochsOption",
     "EpsilonOption",
     "ErrorRateOption",
@@ -37,6 +38,7 @@ __all__ = [
     "MsOption",
     "PartOption",
     "PolicyOption",
+    "PrecisionOption",
     "Prefer",
     "PreferOption",
     "RiskLoss",
@@ -47,6 +49,7 @@ __all__ = [
     "SeedOption",
     "TargetArgument",
     "Task",
+    "ThreadsOption",
     "TraceArgument",
     "check_out",
     "device_of",
@@ -155,6 +158,14 @@ PolicyOption = Annotated[
 PartOption = Annotated[
     float | None, typer.Option(help="The policy that spends at most this part of the plain model's cost.")
 ]
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="What runs the stages: eager, compiled, onnx, or onnx-file.")
+]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option("--precision", help="fp32, bf16, int8 or int8-batch; the model's own unless given."),
+]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="For one call; as torch unless given.")]
 DataOption = Annotated[
     Path | None,
     typer.Option(

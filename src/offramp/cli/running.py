@@ -10,12 +10,15 @@ from offramp.cli.options import (
     BatchSizeOption,
     DataOption,
     DeviceOption,
+    EngineOption,
     EpochsOption,
     JsonOption,
     LimitOption,
+    PrecisionOption,
     RunArgument,
     SeedOption,
     Task,
+    ThreadsOption,
     check_out,
     open_run,
     split_name,
@@ -68,6 +71,8 @@ def record(
     data: DataOption = None,
     batch_size: BatchSizeOption = 64,
     device: DeviceOption = "auto",
+    engine: EngineOption = "eager",
+    precision: PrecisionOption = None,
     json_out: JsonOption = False,
 ) -> None:
     """Record what every exit says about every row of a split; calibrate and compare work on that."""
@@ -77,12 +82,17 @@ def record(
 
     check_out(out if out is not None else trace_path(run, "any")) if run.is_dir() else None
     work, model, tokenizer = open_run(run, data, device)
+    from offramp.engines import engine as engine_of
     from offramp.record import record as run_record
 
+    own = engine == "eager" and precision is None
+    runs = None if own else engine_of(model, engine, precision=precision)
     names = tuple(dict.fromkeys(work.splits[1:])) if split is None else (split_name(work, split),)
     written = []
     for name in names:
-        trace = run_record(model, work.load(name, tokenizer), batch_size=batch_size, progress=not is_quiet())
+        trace = run_record(
+            model, work.load(name, tokenizer), batch_size=batch_size, progress=not is_quiet(), engine=runs
+        )
         trace = dataclasses.replace(trace, source=f"{work.name} {name}")
         path = trace.save(out or trace_path(run, name))
         written.append((path, trace))
@@ -107,23 +117,28 @@ def measure(
     split: SplitOption = "calibrate",
     data: DataOption = None,
     device: DeviceOption = "auto",
+    engine: EngineOption = "eager",
+    precision: PrecisionOption = None,
+    threads: ThreadsOption = None,
     json_out: JsonOption = False,
 ) -> None:
-    """Count the FLOPs and time every stage and head on this machine, on typical rows of a split."""
+    """Count the FLOPs and time every stage, head, step and regrouping on this machine, on typical rows of a split."""
     sizes = whole_numbers(batch_sizes, "--batch-sizes")
     from offramp.runs import costs_path
 
     out = out or costs_path(run)
     check_out(out) if run.is_dir() else None
     work, model, tokenizer = open_run(run, data, device)
+    from offramp.engines import engine as engine_of
     from offramp.loaders import as_loader
     from offramp.measure import measure as run_measure
     from offramp.record import to_device
 
     rows = work.load(split_name(work, split), tokenizer)
     typical = next(iter(as_loader(rows, min(len(rows), TYPICAL)))).inputs
-    note(f"timing {work.name} at batch sizes {', '.join(map(str, sizes))} ...")
-    costs = run_measure(model, to_device(typical, next(model.parameters()).device), batch_sizes=sizes)
+    runs = engine_of(model, engine, precision=precision, threads=threads)
+    note(f"timing {work.name} with {runs.name} {runs.precision} at batch sizes {', '.join(map(str, sizes))} ...")
+    costs = run_measure(model, to_device(typical, next(model.parameters()).device), batch_sizes=sizes, engine=runs)
     costs.save(out)
     if json_out:
         result({"out": str(out), **dataclasses.asdict(costs), "cumulative": costs.cumulative()}, (), True)
@@ -132,9 +147,16 @@ def measure(
     line("cost up to each exit, of the plain model: " + ", ".join(f"{c:.3f}" for c in costs.cumulative()))
     table(
         "Milliseconds a batch",
-        ("rows", "plain", "stages", "heads"),
+        ("rows", "plain", "stages", "heads", "step", "regrouping"),
         (
-            (str(t.batch_size), _ms(t.plain_s), " ".join(map(_ms, t.stage_s)), " ".join(map(_ms, t.head_s[:-1])))
+            (
+                str(t.batch_size),
+                _ms(t.plain_s),
+                " ".join(map(_ms, t.stage_s)),
+                " ".join(map(_ms, t.head_s[:-1])),
+                _ms(t.step_s),
+                " ".join(map(_ms, t.regroup_s[:-1])),
+            )
             for t in costs.timed
         ),
     )

@@ -21,7 +21,7 @@ from offramp.onnx.graphs import OPSET, StageGraph, StepGraph, with_onnx
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
-__all__ = ["Weights", "inlined", "joined"]
+__all__ = ["Cascade", "Weights", "inlined", "joined", "model_of", "needed"]
 
 #: What goes with opset 20 (ONNX 1.15), so that no newer reader is asked for than the operators need.
 IR_VERSION = 9
@@ -74,7 +74,7 @@ class Weights:
         return name
 
 
-class _Cascade:
+class Cascade:
     """Nodes of the nested graphs; names are made unique by the exit they belong to."""
 
     def __init__(self, stages: Sequence[StageGraph], steps: Sequence[StepGraph], weights: Weights) -> None:
@@ -92,11 +92,9 @@ class _Cascade:
         """(nodes, (answer, exit, score)) of the rows whose carry and state are called so, from a visit on."""
         step, self.weights.place = self.steps[place], place
         name = f"exit {step.k}/"
-        nodes, said, carry = self._to(place, carry)
-        found, (score, answer, *state) = inlined(step.proto, [*said, *state], f"{name}policy/", self.weights)
+        nodes, (score, answer, *state), carry = self.visit(place, carry, state)
         number = self.weights.number(f"{name}number", [step.k])
         nodes += [
-            *found,
             self.node("Shape", [score], [f"{name}rows"]),
             self.node("Expand", [number, f"{name}rows"], [f"{name}exit"]),
         ]
@@ -119,6 +117,15 @@ class _Cascade:
             self.node("If", [f"{name}any"], list(outs), then_branch=further, else_branch=self._done(name, here))
         )
         return nodes, outs  # type: ignore[return-value]
+
+    def visit(
+        self, place: int, carry: Sequence[str], state: Sequence[str]
+    ) -> tuple[list[Any], tuple[str, ...], list[str]]:
+        """(nodes, (score, answer, state ...), carry) of the stages up to a visited exit and the step there."""
+        step = self.steps[place]
+        nodes, said, carry = self._to(place, carry)
+        found, outs = inlined(step.proto, [*said, *state], f"exit {step.k}/policy/", self.weights)
+        return [*nodes, *found], outs, list(carry)
 
     def _to(self, place: int, carry: Sequence[str]) -> tuple[list[Any], list[str], list[str]]:
         """(nodes, logits and the signals that the policy wants, carry) of the stages up to a visited exit."""
@@ -215,7 +222,7 @@ def joined(
     onnx = with_onnx()
     helper, kind = onnx.helper, onnx.TensorProto
     weights = Weights()
-    made = _Cascade(stages, steps, weights)
+    made = Cascade(stages, steps, weights)
     nodes, (answer, exit_, score) = made.run(0, [live.name for live in stages[0].enters], ())
     nodes += [
         helper.make_node("ArgMax", [answer], ["label"], axis=-1, keepdims=0),
@@ -235,6 +242,12 @@ def joined(
     graph = helper.make_graph(
         nodes, "offramp", [*ins, info(THRESHOLDS, kind.FLOAT, [len(thresholds)])], outs, list(weights.tensors.values())
     )
+    return model_of(graph)
+
+
+def model_of(graph: Any) -> "ModelProto":
+    """The model of a graph, in the operator set that all of ours are written in."""
+    helper = with_onnx().helper
     return helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="offramp"
     )
@@ -252,14 +265,14 @@ def inlined(
     if proto.functions or any(o.domain not in ("", "ai.onnx") for o in proto.opset_import):
         raise NotStageable("a part of the model needs operators beyond ONNX's own; it cannot be in one file.")
     asked = [o.name for o, want in zip(graph.output, wanted or [True] * len(graph.output), strict=True) if want]
-    kept, read = _needed(graph.node, asked)
+    kept, read = needed(graph.node, asked)
     names: dict[str, str] = {"": ""}
     names |= {value.name: name for value, name in zip(graph.input, given, strict=True)}
     names |= {tensor.name: weights.add(tensor) for tensor in graph.initializer if tensor.name in read}
     return _renamed(kept, names, prefix, weights), tuple(names.get(o.name, prefix + o.name) for o in graph.output)
 
 
-def _needed(nodes: Sequence[Any], asked: Sequence[str]) -> tuple[list[Any], set[str]]:
+def needed(nodes: Sequence[Any], asked: Sequence[str]) -> tuple[list[Any], set[str]]:
     """(the nodes that give what is asked, in order; the names of all that is read)."""
     read, kept = set(asked), []
     for node in reversed(nodes):
@@ -268,7 +281,7 @@ def _needed(nodes: Sequence[Any], asked: Sequence[str]) -> tuple[list[Any], set[
             read.update(node.input)
             for attribute in node.attribute:
                 if attribute.HasField("g"):
-                    read |= _needed(attribute.g.node, [o.name for o in attribute.g.output])[1]
+                    read |= needed(attribute.g.node, [o.name for o in attribute.g.output])[1]
     return kept[::-1], read
 
 

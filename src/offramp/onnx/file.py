@@ -1,34 +1,29 @@
 """`export`: a model, a policy and what is known of them in one ONNX file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from offramp.artefacts import write_atomically
+from offramp.artefacts import write_atomically, write_json
 from offramp.bundle import Bundle
 from offramp.cost import Budget
-from offramp.errors import FormatError, ShapeError
+from offramp.engines import engine as engine_of
+from offramp.errors import FormatError
 from offramp.graph import three_rows
-from offramp.machine import versions
-from offramp.model import ExitModel
-from offramp.onnx.about import VERSION, describe
-from offramp.onnx.cascade import joined
-from offramp.onnx.graphs import OPSET, StageGraph, export_stages, export_steps, parts_of, with_onnx
-from offramp.onnx.session import OnnxFile, with_runtime
+from offramp.onnx.about import describe
+from offramp.onnx.assemble import cascade_of, visits_of
+from offramp.onnx.graphs import LARGEST, with_onnx
+from offramp.onnx.session import OnnxFile
 from offramp.policies import Policy, to_dict
-from offramp.policies.base import at_exit, check_exits, visits
-from offramp.runtime import Runtime, check_signals
-from offramp.stages import Parts
+from offramp.runtime import Runtime
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["cascade_of", "export", "save"]
+__all__ = ["export", "export_stages_to", "save"]
 
-#: protobuf holds no more than 2 GiB; weights of larger models lie beside the file.
-LARGEST = 1_900_000_000
+STAGES = "stages.json"
+
 #: What probabilities may differ by between engines, in float32.
 FURTHEST = 1e-3
 
@@ -39,6 +34,7 @@ def export(
     *,
     policy: str | Policy | None = None,
     budget: Budget | None = None,
+    precision: str = "fp32",
     progress: Callable[[], None] | None = None,
 ) -> Path:
     """The path, after stages, heads, policy and regrouping were written to it as one ONNX file.
@@ -52,26 +48,30 @@ def export(
     Args:
         bundle: what to export.
         policy, budget: which policy of it, as for `Bundle.choose`; or a policy value.
-        progress: called after every visited exit; they take some seconds each.
+        precision: "fp32", "int8" (large products in 8 bits, row by row) or "int8-batch" (one scale for all rows of a
+            batch, so that a row's answer depends on its neighbours). Thresholds of one precision need not hold in
+            another: a warning says so.
+        progress: called after every stage; they take some seconds each, the first time.
 
     Raises:
         NotStageable: a part of the model has no ONNX operators.
         MissingExtra: the packages onnx, onnxscript and onnxruntime are not installed.
-        ValueRangeError: the bundle has no such policy.
+        ValueRangeError: the bundle has no such policy, or there is no such precision.
         FormatError: the file does not answer as the model does on the bundle's example; nothing is written.
     """
-    if isinstance(policy, str | None):
-        name, chosen = bundle.choose(policy, budget=budget)
-    else:
-        name, chosen = type(policy).__name__, policy
-    with_runtime()
-    proto = cascade_of(bundle.model, chosen, progress=progress)
+    name, chosen = _chosen(bundle, policy, budget)
+    choice = bundle.policies.get(name)
+    calibrated = "fp32" if choice is None or choice.calibration is None else choice.calibration.precision
+    sessions = engine_of(bundle.model, "onnx", precision=precision)
+    stages = sessions.graphs(progress)  # type: ignore[attr-defined]
+    proto = cascade_of(bundle.model, chosen, stages=stages)
     choice = bundle.policies.get(name)
     found = None if choice is None else choice.calibration
     describe(
         proto,
         {
             "policy_name": name,
+            "precision": precision,
             "labels": list(bundle.labels),
             "title": bundle.title,
             "taps": list(bundle.model.taps),
@@ -80,51 +80,67 @@ def export(
             "tested": {} if choice is None else dict(choice.tested),
         },
     )
-    _verify(proto, bundle.model, chosen)
+    _verify(proto, Runtime(bundle.model, chosen, sessions, calibrated=calibrated))
     return save(proto, path)
 
 
-def cascade_of(
-    model: ExitModel,
-    policy: Policy,
+def export_stages_to(
+    bundle: Bundle,
+    folder: str | Path,
     *,
-    stages: Sequence[StageGraph] | None = None,
+    policy: str | Policy | None = None,
+    budget: Budget | None = None,
+    precision: str = "fp32",
     progress: Callable[[], None] | None = None,
-) -> "ModelProto":
-    """The ONNX model of a model under a policy, checked; see `export`.
+) -> Path:
+    """The folder, after one ONNX file for each visited exit was written to it, for schedulers that regroup rows by
+    themselves, over several requests say; and `stages.json`, which says what goes from one to the next.
+
+    Visit i takes the carry and the state of the rows that are still here, and gives `stop`, `score`, `answer`, the
+    state, and the carry that goes on; the last one gives `score` and `answer`. Rows that stop are taken out of every
+    tensor on its axis of rows.
 
     Args:
-        stages: from `export_stages`, when several policies are exported for one model.
+        bundle, policy, budget, precision, progress: as for `export`.
 
     Raises:
-        NotStageable: a part of the model has no ONNX operators.
-        ShapeError: the policy is for another number of exits, or needs signals that the model does not have.
+        FormatError: the folder holds something else.
     """
-    if not isinstance(model, ExitModel):
-        raise ShapeError(f"the model is {type(model).__name__}; expected what attach(...) returned.")
-    check_exits(policy, model.exits)
-    check_signals(policy, model.signals)
-    onnx = with_onnx()
-    parts = parts_of(model)
-    thresholds = [at_exit(policy.thresholds, k) for k in range(model.exits)]  # type: ignore[attr-defined]
-    stages = export_stages(model, progress) if stages is None else stages
-    proto = joined(stages, export_steps(model, policy), _inputs(parts), thresholds, model.classes)
-    describe(
-        proto,
-        {
-            "version": VERSION,
-            "exits": model.exits,
-            "classes": model.classes,
-            "visited": list(visits(policy, model.exits)),
-            "policy": to_dict(policy),
-            "opset": OPSET,
-            "lengths": _ranges(parts),
-            "versions": versions(),
-        },
-    )
-    if proto.ByteSize() < LARGEST:
-        onnx.checker.check_model(proto)
-    return proto
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / STAGES).is_file())):
+        raise FormatError(f"{folder} holds something else; give a new folder.")
+    name, chosen = _chosen(bundle, policy, budget)
+    stages = engine_of(bundle.model, "onnx", precision=precision).graphs(progress)  # type: ignore[attr-defined]
+    visits, told = visits_of(bundle.model, chosen, stages), []
+    enters = stages[0].enters
+    for place, visit in enumerate(visits):
+        path = folder / f"visit-{place}.onnx"
+        save(visit.proto, path)
+        leaves = stages[visit.k].leaves
+        told.append(
+            {
+                "file": path.name,
+                "exit": visit.k,
+                "carry": [{"name": live.name, "axis": live.axis, "several_a_row": live.multiple} for live in enters],
+                "inputs": list(visit.inputs),
+                "outputs": list(visit.outputs),
+                "states": visit.states,
+                "goes_on": [
+                    {"name": live.name, "from": f"{live.name} after" if at is None else enters[at].name}
+                    for live, at in zip(leaves, visit.passed, strict=False)
+                ],
+            }
+        )
+        enters = leaves
+    about = {"policy_name": name, "policy": to_dict(chosen), "labels": list(bundle.labels), "precision": precision}
+    write_json(folder / STAGES, {"kind": "offramp.stages", "version": 1, **about, "visits": told})
+    return folder
+
+
+def _chosen(bundle: Bundle, policy: str | Policy | None, budget: Budget | None) -> tuple[str, Policy]:
+    if isinstance(policy, str | None):
+        return bundle.choose(policy, budget=budget)
+    return type(policy).__name__, policy
 
 
 def save(proto: "ModelProto", path: str | Path) -> Path:
@@ -136,12 +152,15 @@ def save(proto: "ModelProto", path: str | Path) -> Path:
     return path
 
 
-def _verify(proto: "ModelProto", model: ExitModel, policy: Policy) -> None:
-    """Nothing, when the file answers three rows as the runtime does."""
+def _verify(proto: "ModelProto", run: Runtime) -> None:
+    """Nothing, when the file answers three rows as its stages do one by one, and these as the model does."""
     if proto.ByteSize() >= LARGEST:
         return
+    model = run.model
     inputs = three_rows(model.example)
-    ours, theirs = Runtime(model, policy)(inputs), OnnxFile(proto.SerializeToString())(inputs)
+    ours, theirs = run(inputs), OnnxFile(proto.SerializeToString())(inputs)
+    if run.engine.precision == "fp32":
+        ours = Runtime(model, run.policy)(inputs)
     same = ours.exit == theirs.exit  # a row at its threshold may leave elsewhere
     apart = (ours.probabilities - theirs.probabilities)[same].abs()
     if not bool(same.any()) or float(apart.max()) > FURTHEST:
@@ -153,17 +172,3 @@ def _verify(proto: "ModelProto", model: ExitModel, policy: Policy) -> None:
 
 def _write(contents: bytes, path: Path) -> None:
     path.write_bytes(contents)
-
-
-def _inputs(parts: Parts) -> list[tuple[str, Any, Sequence[Any]]]:
-    """Name, numpy dtype and axes of every input of the network."""
-    words = ["batch", *(f"n{i}" for i in range(1, len(parts.ranges)))]
-    kinds = [torch.empty(0, dtype=dtype).numpy().dtype for dtype in parts.dtypes]
-    axes = [[length if isinstance(length, int) else words[length[0]] for length in entry] for entry in parts.axes]
-    return list(zip(parts.names, kinds, axes, strict=True))
-
-
-def _ranges(parts: Parts) -> dict[str, list[int | None]]:
-    """Least and greatest length of every named axis but the batch; None for no limit."""
-    named = enumerate(parts.ranges)
-    return {f"n{i}": [least, most if most < 2**61 else None] for i, (least, most) in named if i}

@@ -6,24 +6,31 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from offramp.cache import kept_file
 from offramp.cut import Live, Piece
 from offramp.errors import MissingExtra, NotStageable
 from offramp.graph import three_rows
+from offramp.inputs import names_of, tensors_of
 from offramp.model import ExitModel
+from offramp.policies import dumps
 from offramp.policies.base import Evidence, Policy, visits
-from offramp.sizes import compile_sizes
-from offramp.stages import Parts
+from offramp.units import StageUnit, UncutUnit, dims_of, fingerprint, parts_of, shapes_of
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["OPSET", "StageGraph", "StepGraph", "export_stages", "export_steps", "parts_of", "with_onnx"]
+__all__ = [
+    "LARGEST", "OPSET", "StageGraph", "StepGraph", "export_stages", "export_steps", "export_whole", "with_onnx",
+]  # fmt: skip
 
+#: protobuf holds no more than 2 GiB; weights of larger models lie beside the file.
+LARGEST = 1_900_000_000
 #: The operator set of what is written; onnxruntime 1.17 and later read it, in Python, Node and the browser.
 OPSET = 20
 
@@ -63,29 +70,6 @@ class StepGraph:
     signals: bool
 
 
-class _Stage(nn.Module):
-    """A stage and its head, the numbers that it needs read off the carry."""
-
-    def __init__(self, model: ExitModel, k: int, piece: Piece, parts: Parts) -> None:
-        super().__init__()
-        self.k, self.stage, self._model = k, piece.module, (model,)  # a tuple: not all of its weights are ours
-        self.last = k == model.exits - 1
-        self.head = None if self.last else model.heads[k]  # so that its weights are this module's own
-        self.sizes = compile_sizes(piece.sizes, len(parts.ranges))
-        self.where = _lengths(piece.enters, len(parts.ranges))
-        names = [leaf.name for leaf in piece.leaves]
-        self.mask = names.index(parts.mask) if parts.mask in names else None
-
-    def forward(self, *carry: Tensor) -> tuple[Tensor, ...]:
-        numbers = [0 if at is None else carry[at[0]].shape[at[1]] for at in self.where]
-        out = self.stage(*carry, *self.sizes(*numbers))
-        if self.last:
-            return (out.float(),)
-        tap, after = out[0], out[1:]
-        logits, signals = self._model[0].evidence(self.k, tap, None if self.mask is None else after[self.mask])
-        return (logits.float(), *(() if signals is None else (signals,)), *after)
-
-
 class _Step(nn.Module):
     """A policy's step."""
 
@@ -104,18 +88,6 @@ class _Step(nn.Module):
         return (step.score.float(), step.answer.float(), *(() if self.last else step.state))
 
 
-def parts_of(model: ExitModel) -> Parts:
-    """What the model was cut into.
-
-    Raises:
-        NotStageable: its stages were given by hand, so there is no graph.
-    """
-    parts = model.stages().parts
-    if parts is None:
-        raise NotStageable("the model's stages were given by hand; ONNX needs the graph of a model that Offramp cuts.")
-    return parts
-
-
 def export_stages(model: ExitModel, progress: Callable[[], None] | None = None) -> tuple[StageGraph, ...]:
     """The graphs of a model's stages, whatever the policy. The model is in eval mode afterwards.
 
@@ -127,28 +99,75 @@ def export_stages(model: ExitModel, progress: Callable[[], None] | None = None) 
         MissingExtra: the packages onnx and onnxscript are not installed.
     """
     with_onnx()
-    from torch.export import Dim  # which loads the compiler
-
-    parts = parts_of(model)
-    found: list[StageGraph] = []
-    dims = _dims(parts)
+    parts, key = parts_of(model), fingerprint(model)
     model.eval()
-    values: tuple[Any, ...] = model.stages().start(three_rows(model.example)).values
+    found: list[StageGraph] = []
     for k, piece in enumerate(parts.pieces):
-        module = _Stage(model, k, piece, parts).eval()
-        shapes = [
-            {axis: dims.get(word, Dim.AUTO) for axis, word in enumerate(live.shape) if not word.isdigit()}
-            for live in piece.enters
-        ]
-        with torch.no_grad():
-            proto = _exported(module, values, shapes, f"stage {k}")
-            values = tuple(value.clone() for value in module(*values))  # one tensor twice would become one input
+
+        def make(k: int = k, piece: Piece = piece) -> "ModelProto":
+            with torch.no_grad():
+                unit, at = StageUnit(model, k, piece, parts).eval(), _values(model, k)
+                return _exported(unit, at, shapes_of(piece.enters, dims_of(parts)), f"stage {k}")
+
         signals = bool(model.signals) and k < model.exits - 1
-        values = values[1 + signals :]
-        found.append(StageGraph(k, proto, piece.enters, piece.leaves, signals))
+        found.append(StageGraph(k, _kept(make, key, f"stage-{k}.onnx"), piece.enters, piece.leaves, signals))
         if progress is not None:
             progress()
     return tuple(found)
+
+
+def export_whole(model: ExitModel) -> "ModelProto":
+    """The graph of the whole network, without exits: its inputs by name -> logits [batch cls].
+
+    Raises:
+        NotStageable, MissingExtra: as for `export_stages`.
+    """
+    with_onnx()
+    parts = parts_of(model)
+    inputs = three_rows(model.example)
+    named = dict(zip(names_of(inputs), tensors_of(inputs), strict=True))
+
+    def make() -> "ModelProto":
+        model.eval()
+        given = tuple(named[live.name].clone() for live in parts.uncut.enters)
+        unit = UncutUnit(parts.uncut, parts).eval()
+        with torch.no_grad():
+            return _exported(unit, given, shapes_of(parts.uncut.enters, dims_of(parts)), "the network")
+
+    return _kept(make, fingerprint(model), "whole.onnx")
+
+
+def _values(model: ExitModel, k: int) -> tuple[Any, ...]:
+    """The carry into stage k of the example."""
+    stages = model.stages()
+    carry: Any = stages.start(three_rows(model.example))
+    for before in range(k):
+        _, carry = stages.run(before, carry)
+    return tuple(value.clone() for value in carry.values)  # one tensor twice would become one input
+
+
+def _kept(make: Callable[[], "ModelProto"], key: str | None, name: str) -> "ModelProto":
+    """The graph, from the cache where it was exported before; large ones are not kept."""
+    onnx = with_onnx()
+    if key is None:
+        return make()
+    made: list[ModelProto] = []
+
+    def write(path: Path) -> None:
+        made.append(make())
+        if made[0].ByteSize() >= LARGEST:
+            raise _TooLarge
+        path.write_bytes(made[0].SerializeToString())
+
+    try:
+        path = kept_file(name, f"{OPSET} {onnx.__version__} {key}", write)
+    except (OSError, _TooLarge):  # a full or read-only disk costs time, no more
+        return made[0] if made else make()
+    return made[0] if made else onnx.load(str(path))
+
+
+class _TooLarge(Exception):
+    """A graph beyond what protobuf holds."""
 
 
 def export_steps(model: ExitModel, policy: Policy) -> tuple[StepGraph, ...]:
@@ -166,14 +185,19 @@ def export_steps(model: ExitModel, policy: Policy) -> tuple[StepGraph, ...]:
     signals = torch.rand(3, len(model.signals), generator=generator) if columns else None
     batch, state = Dim("batch", min=1, max=2**31), ()
     found: list[StepGraph] = []
+    key = f"{dumps(policy)} {model.exits} {model.classes} {model.signals}"
     for k in visits(policy, model.exits):
         last = k == model.exits - 1
         module = _Step(policy, k, columns, not found, last)
         given = (logits, *(() if signals is None or last else (signals,)), *state)
+
+        def make(module: _Step = module, given: tuple[Tensor, ...] = given) -> "ModelProto":
+            with torch.no_grad():
+                return _exported(module, given, [{0: batch} for _ in given], f"the policy at exit {module.k}")
+
         with torch.no_grad():
-            proto = _exported(module, given, [{0: batch} for _ in given], f"the policy at exit {k}")
             state = tuple(part.clone() for part in module(*given)[2:])  # one tensor twice would become one input
-        found.append(StepGraph(k, proto, len(state), signals is not None and not last))
+        found.append(StepGraph(k, _kept(make, key, f"step-{k}.onnx"), len(state), signals is not None and not last))
     return tuple(found)
 
 
@@ -189,23 +213,6 @@ def with_onnx() -> Any:
     except ImportError as error:
         raise MissingExtra(f"exporting to ONNX needs {error.name}: pip install 'offramp[onnx]'.") from None
     return onnx
-
-
-def _lengths(enters: Sequence[Live], symbols: int) -> list[tuple[int, int] | None]:
-    """For each symbol the value and the axis that has its length, None where none has."""
-    words = ["batch", *(f"n{i}" for i in range(1, symbols))]
-    places = [(i, axis, word) for i, live in enumerate(enters) for axis, word in enumerate(live.shape)]
-    return [next(((i, axis) for i, axis, word in places if word == wanted), None) for wanted in words]
-
-
-def _dims(parts: Parts) -> dict[str, Any]:
-    from torch.export import Dim
-
-    words = ["batch", *(f"n{i}" for i in range(1, len(parts.ranges)))]
-    return {
-        word: Dim(word, min=least, max=min(most, 2**31))
-        for word, (least, most) in zip(words, parts.ranges, strict=True)
-    }
 
 
 def _exported(module: nn.Module, given: Sequence[Any], shapes: Sequence[Any], what: str) -> "ModelProto":

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from offramp.errors import FormatError, MissingExtra, ShapeError, ValueRangeError
+from offramp.errors import FormatError, MissingExtra, ShapeError
 from offramp.inputs import Inputs, batch_size, names_of, tensors_of
 from offramp.onnx.about import parse_about
-from offramp.runtime import Prediction
+from offramp.prediction import Prediction, check_finite, no_rows
 
-__all__ = ["OnnxFile", "session_options", "with_runtime"]
+__all__ = ["OnnxFile", "about_options", "session_options", "with_runtime"]
 
 
 class OnnxFile:
@@ -57,19 +57,12 @@ class OnnxFile:
             ValueRangeError: an answer is NaN or infinite.
         """
         if batch_size(inputs) == 0:
-            classes = int(self.about["classes"])
-            none = torch.zeros(0, classes)
-            return Prediction(none.argmax(-1), none, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+            return no_rows(int(self.about["classes"]))
         feeds = self._feeds(inputs)
         if thresholds is not None:
             feeds["thresholds"] = self._thresholds(thresholds)
         label, probabilities, exit_, score = map(torch.from_numpy, self._session.run(None, feeds))
-        if not bool(torch.isfinite(probabilities).all()):
-            rows = (~torch.isfinite(probabilities).all(dim=1)).nonzero()[:, 0].tolist()
-            raise ValueRangeError(
-                f"the model's answers for rows {rows[:8]}{' ...' if len(rows) > 8 else ''} are NaN or infinite. "
-                "Look for NaN in the inputs."
-            )
+        check_finite(probabilities)
         return Prediction(label, probabilities, exit_, score)
 
     def _feeds(self, inputs: Inputs) -> dict[str, np.ndarray]:
@@ -123,3 +116,12 @@ def session_options(threads: int | None = None) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     return options
+
+
+def about_options(options: Any) -> str:
+    """The threads of a session in words."""
+    spins = options.get_session_config_entry("session.intra_op.allow_spinning") != "0"
+    return (
+        f"{options.intra_op_num_threads} threads within an operator, {options.inter_op_num_threads} across; they "
+        f"{'spin' if spins else 'sleep'} while they wait"
+    )

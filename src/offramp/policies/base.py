@@ -19,6 +19,7 @@ __all__ = [
     "as_floats",
     "at_exit",
     "check_exits",
+    "check_signals",
     "fires",
     "visits",
 ]
@@ -85,6 +86,20 @@ def check_exits(policy: Policy, exits: int) -> None:
                 f"{type(policy).__name__}.{name} has {len(value)} entries, but there are {exits} exits. "
                 "Give one entry per exit (the last is not used by thresholds), or calibrate on a trace of this model."
             )
+
+
+def check_signals(policy: Policy, signals: tuple[str, ...]) -> None:
+    """Nothing, when every signal that the policy needs is among those of a model.
+
+    Raises:
+        ShapeError: one is missing.
+    """
+    if missing := [name for name in policy.needs if name not in signals]:
+        has = f"only the signals {', '.join(signals)}" if signals else "logits only"
+        raise ShapeError(
+            f"{type(policy).__name__} needs the signals {', '.join(missing)}; the model has {has}. "
+            "Give it what is missing, such as learn_certainty(model, data), or another policy."
+        )
 
 
 def at_exit(value: tuple[float, ...] | float, k: int) -> float:

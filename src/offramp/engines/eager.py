@@ -1,0 +1,67 @@
+"""Stages in torch's eager mode, in the model's own precision or under bf16 autocast."""
+
+import contextlib
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from offramp.engines.base import Staged
+from offramp.engines.lower import lowered
+from offramp.inputs import Inputs, tensors_of
+from offramp.model import ExitModel
+from offramp.stages import Carry, Stages, stages_of_parts
+from offramp.units import parts_of, precision_of
+
+__all__ = ["Eager"]
+
+
+class Eager(Staged):
+    """torch as it is: no compilation, any device, and changes of the model's weights are seen at once.
+
+    With precision "bf16" on a model in fp32, products run in bf16 under autocast, with weights that are cast once;
+    normalisations and the policy's steps stay in fp32.
+    """
+
+    name: ClassVar[str] = "eager"
+    own: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "fp64")
+    others: ClassVar[tuple[str, ...]] = ("bf16",)
+    devices: ClassVar[tuple[str, ...]] = ("any",)
+
+    def __init__(self, model: ExitModel, precision: str | None = None, threads: int | None = None) -> None:
+        super().__init__(model, precision, threads)
+        self._autocast = self.precision == "bf16" != precision_of(model)
+        self._kind = tensors_of(model.example)[0].device.type
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._lowered: Stages | None = stages_of_parts(lowered(parts_of(model))) if self._autocast else None
+        self._stages = self._lowered or model.stages()
+
+    def _precise(self) -> Any:
+        return torch.autocast(self._kind, torch.bfloat16) if self._autocast else contextlib.nullcontext()
+
+    def start(self, inputs: Inputs) -> Carry:
+        """The carry into the first stage; the model is cut again here when it was changed."""
+        if self._lowered is None:
+            self._stages = self.model.stages()
+        return self._stages.start(inputs)
+
+    def run(self, k: int, carry: Carry) -> tuple[Tensor, Carry | None]:
+        """Stage k: the tap and what goes on; the logits and None behind the last."""
+        if not self._autocast:
+            return self._stages.run(k, carry)
+        with self._precise():
+            return self._stages.run(k, carry)
+
+    def head(self, k: int, tap: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Exit k's logits and signals."""
+        if not self._autocast:
+            return self.model.evidence(k, tap, mask)
+        with self._precise():
+            return self.model.evidence(k, tap, mask)
+
+    def whole(self, inputs: Inputs) -> Float[Tensor, "batch cls"]:
+        """The network's own logits, from the same graph, not cut."""
+        with self._precise():
+            return self._stages.whole(inputs).float()
