@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart sst2 test bench lint format docs clean
+.PHONY: help quickstart sst2 test test-web bench lint format docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -32,6 +32,11 @@ sst2: $(VENV)/.dev ## the same on SST-2 with MiniLM (set OFFRAMP_DATA=DIR; about
 
 test: $(VENV)/.dev ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-web: $(VENV)/.dev ## check that Python, Node and a web page decide alike (needs Node 20 and Chromium; set OFFRAMP_DATA=DIR for real sentences)
+	@command -v npm > /dev/null || { echo "npm is not here: install Node 20 or later."; exit 1; }
+	cd examples/web && npm ci --ignore-scripts --loglevel=error
+	OMP_NUM_THREADS=1 $(BIN)/python examples/web/check.py $(ARGS)
 
 bench: $(VENV)/.dev ## measured time of stages, exits and policies on this machine
 	$(BIN)/python benchmarks/bench.py $(ARGS)

@@ -1,7 +1,7 @@
 """`make bench`: `offramp bench` of a run, the digits unless another is named, with the figures in results/.
 
-    make bench                                       # digits, trained first if need be
-    make bench ARGS="runs/sst2 --data DATA"          # any run; `offramp bench --help` has the options
+make bench                                       # digits, trained first if need be
+make bench ARGS="runs/sst2 --data DATA"          # any run; `offramp bench --help` has the options
 """
 
 import sys

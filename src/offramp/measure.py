@@ -19,6 +19,7 @@ from offramp.policies import MaxProb, Policy
 from offramp.policies.base import Evidence, Step
 from offramp.regroup import Results
 from offramp.stages import Carry
+from offramp.units import precision_of
 
 __all__ = ["measure", "repeat_rows"]
 
@@ -112,7 +113,7 @@ def _times(engine: Engine, inputs: Inputs, size: int, rounds: int, seconds: floa
     model, batch = engine.model, repeat_rows(inputs, size)
     exits = range(model.exits)
     contenders = engine.parts(batch, policy) | _regroupings(model, batch, size)
-    if engine.name == "eager":
+    if engine.name == "eager" and engine.precision == precision_of(model):
         contenders["plain"] = lambda: model.plain(batch)
     took = alternate(contenders, rounds=rounds, seconds=seconds, after=waiter(inputs))
     plain = min((took[name] for name in ("plain", "whole") if name in took), key=lambda t: t.median_s)

@@ -11,7 +11,7 @@ from many_policies import COSTS, EXITS, NAMES, ROWS, near_rounding, policies
 
 import offramp
 from offramp.errors import FormatError, NotStageable, ShapeError, ValueRangeError
-from offramp.onnx import OnnxFile, cascade_of, export_stages, read_about
+from offramp.onnx import OnnxFile, cascade_of, export, export_stages, export_stages_to, read_about
 from offramp.policies import BERxiT
 
 onnx = pytest.importorskip("onnx")
@@ -127,11 +127,12 @@ def test_stages_given_by_hand_have_no_graph():
         cascade_of(made, offramp.MaxProb(0.5))
 
 
-def bert():
+def bert(wide=16):
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, num_labels=3
-    )
+        vocab_size=50, hidden_size=wide, num_hidden_layers=3, num_attention_heads=2, intermediate_size=2 * wide,
+        num_labels=3,
+    )  # fmt: skip
     x = {"input_ids": torch.randint(50, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.int64)}
     x["attention_mask"][1, 4:] = 0
     return transformers.BertForSequenceClassification(config), ("bert.encoder.layer.0", "bert.encoder.layer.1"), x
@@ -199,3 +200,65 @@ print(exit.tolist(), label.tolist())
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     ours = offramp.Runtime(model, policy)(rows[:5])
     assert done.stdout.strip() == f"{ours.exit.tolist()} {ours.label.tolist()}"
+
+
+def scheduled(folder, rows):
+    """A scheduler of one's own: onnxruntime, numpy and stages.json; rows leave one by one."""
+    import numpy as np
+    import onnxruntime
+
+    about = json.loads((folder / "stages.json").read_text())
+    exits = np.full(len(rows), -1)
+    place, values, state = np.arange(len(rows)), {"input": rows.numpy()}, []
+    for number, visit in enumerate(about["visits"]):
+        session = onnxruntime.InferenceSession(folder / visit["file"])
+        names = visit["inputs"]
+        feeds = dict(zip(names, [*(values[item["name"]] for item in visit["carry"]), *state], strict=True))
+        out = dict(zip(visit["outputs"], session.run(visit["outputs"], feeds), strict=True))
+        last = number == len(about["visits"]) - 1
+        stop = np.ones(len(place), bool) if last else out["stop"]
+        exits[place[stop]] = visit["exit"]
+        if last or stop.all():
+            break
+        on = np.flatnonzero(~stop)
+        place = place[on]
+        state = [out[f"state {i} after"][on] for i in range(visit["states"])]
+        whole = {**feeds, **out}
+        following = {item["name"]: item for item in about["visits"][number + 1]["carry"]}
+        values = {}
+        for item in visit["goes_on"]:
+            axis, value = following[item["name"]]["axis"], whole[item["from"]]
+            values[item["name"]] = value if axis is None else np.take(value, on, axis)
+    return exits
+
+
+def test_files_for_a_scheduler(model, rows, trace, tmp_path):
+    bundle = offramp.Bundle(model, labels=tuple(map(str, range(model.classes))))
+    for name in ("beem", "max-prob", "only the last"):
+        policy = policies(trace)[name]
+        folder = export_stages_to(bundle, tmp_path / name, policy=policy)
+        assert scheduled(folder, rows).tolist() == offramp.Runtime(model, policy)(rows).exit.tolist()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(FormatError, match="holds something else"):
+        export_stages_to(bundle, tmp_path / "mine")
+
+
+@pytest.mark.slow
+def test_a_file_in_int8(tmp_path):
+    torch.manual_seed(0)
+    network, taps, x = bert(wide=64)
+    model = offramp.attach(network.eval(), at=taps, example=x)
+    model.eval()
+    bundle = offramp.Bundle(model, labels=("a", "b", "c"))
+    policy = offramp.MaxProb(0.36)
+    with pytest.warns(UserWarning, match="calibrated on logits in fp32 and runs in int8"):
+        small = export(bundle, tmp_path / "int8.onnx", policy=policy, precision="int8")
+    large = export(bundle, tmp_path / "fp32.onnx", policy=policy)
+    assert small.stat().st_size < 0.6 * large.stat().st_size
+    assert read_about(small)["precision"] == "int8"
+    ours, theirs = OnnxFile(small)(x), OnnxFile(large)(x)
+    torch.testing.assert_close(ours.probabilities, theirs.probabilities, rtol=0.1, atol=0.05)
+    with pytest.raises(ValueRangeError, match="precision is 'int4'"):
+        export(bundle, tmp_path / "no.onnx", policy=policy, precision="int4")
+    assert not (tmp_path / "no.onnx").exists()

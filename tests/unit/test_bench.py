@@ -134,9 +134,7 @@ def test_finished_cells_are_kept_and_the_others_are_gone_on_with(subject, tmp_pa
     monkeypatch.setattr(cells_module._Contest, "cell", before)
     whole = bench(subject, PLAN, out=out, progress=False)
     assert whole.cells[:2] == half.cells
-    assert {(c.policy, c.batch_size) for c in whole.cells} == {
-        (n, s) for n in ("max-prob", "beem-a") for s in (1, 4)
-    }
+    assert {(c.policy, c.batch_size) for c in whole.cells} == {(n, s) for n in ("max-prob", "beem-a") for s in (1, 4)}
     assert left_to_do(subject, PLAN, out).cells == (4, 4)
     again = bench(subject, PLAN, out=out, progress=False)
     assert again == Bench.of(json.loads(out.read_text())) == whole

@@ -1,7 +1,8 @@
 """An engine in a process of its own: its memory is its own, and when it dies the others go on.
 
-The parent writes one JSON object, what to bench, to standard input; the child writes facts and cells as JSON lines to
+The parent writes one line of JSON, what to bench, to standard input; the child writes facts and cells as JSON lines to
 standard output. What packages print there goes to standard error, whose last line is the reason when the child dies.
+Standard input stays open while the parent lives: a child whose parent was killed ends at once.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -69,8 +71,8 @@ def bench_apart(
         child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise, text=True)
         try:
             with contextlib.suppress(BrokenPipeError):  # it died at once; why, its standard error says
-                child.stdin.write(json.dumps(request))  # type: ignore[union-attr]
-                child.stdin.close()  # type: ignore[union-attr]
+                child.stdin.write(json.dumps(request) + "\n")  # type: ignore[union-attr]
+                child.stdin.flush()  # type: ignore[union-attr]
             for line in child.stdout:  # type: ignore[union-attr]
                 value = json.loads(line)
                 if "cell" in value:
@@ -78,11 +80,11 @@ def bench_apart(
                 else:
                     facts = facts_of(value["facts"])
                     tell(facts)
-            child.wait()
+            child.wait()  # it ends by itself once all is told
         finally:
             if child.poll() is None:
                 child.kill()
-                child.wait()
+            child.communicate()
         if child.returncode == INTERRUPTED:
             raise KeyboardInterrupt
         if child.returncode:
@@ -106,7 +108,8 @@ def main() -> None:
         out.write(json.dumps({kind: dataclasses.asdict(found)}) + "\n")
         out.flush()
 
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     pair = Pair(*request["pair"])
     try:
         subject = Opener(**request["opener"])()
@@ -115,3 +118,9 @@ def main() -> None:
         tell(EngineFacts(pair.engine, pair.precision or "", why=str(error)))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def _end_with_parent() -> None:
+    """Nothing; the process ends where its standard input does."""
+    sys.stdin.read()
+    os._exit(INTERRUPTED)

@@ -78,26 +78,26 @@ class _Contest:
         self.subject, self.plan, self.made, self.model = subject, plan, made, subject.model
         self.labels: Tensor = subject.test.labels  # type: ignore[assignment]
         self._costs: dict[int, CostModel] = {}
-        self._whole: dict[int, Right] = {}
+        self._known: dict[tuple[str, int], Right] = {}
         self._plain: Right | None = None
         self._device = next(self.model.parameters()).device
 
     def cell(self, name: str, size: int) -> Cell:
         """One policy at one batch size."""
-        policy, batches = self.made.policies[name], self._batches(size)
+        policy, batches, engine = self.made.policies[name], self._batches(size), self.made.engine
         costs = self._measured(size, batches)
         live = self._runtime(policy, costs)
-        said = judged_at(self.subject, live, size)
-        right = torch.cat([p.label for p in said]).cpu() == self.labels
+        right = self._right(name, lambda batch: live(batch).label, size)
         shorter = self._shorter(float(right.double().mean()))
         took = self._timed(live, policy, shorter, batches)
-        left = [torch.bincount(p.exit.cpu(), minlength=self.model.exits) for p in said[: len(batches)]]
+        left = [torch.bincount(live(batch).exit.cpu(), minlength=self.model.exits) for batch in batches]
         total = torch.stack(left).sum(dim=0).double()
-        whole, plain = self._whole_right(size), self._plain_right()
+        whole = self._right("", lambda batch: engine.whole(batch).argmax(dim=-1), size)
+        plain = self._plain_right()
         rows, pick = len(batches) * size, self._faster_whole(took)
         return Cell(
-            engine=self.made.engine.name,
-            precision=self.made.engine.precision,
+            engine=engine.name,
+            precision=engine.precision,
             policy=name,
             batch_size=size,
             batches=len(batches),
@@ -155,7 +155,7 @@ class _Contest:
         return min(("whole", "eager"), key=lambda name: took[name].median_s)
 
     def _batches(self, size: int) -> list[Inputs]:
-        found = batches_of(self.subject.test, size, rows=max(self.plan.rows, 2 * size))
+        found = batches_of(self.subject.test, size, rows=self.plan.timed_rows(size))
         return [to_device(batch, self._device) for batch in found]
 
     def _measured(self, size: int, batches: Sequence[Inputs]) -> CostModel:
@@ -168,20 +168,19 @@ class _Contest:
             )  # fmt: skip
         return self._costs[size]
 
-    def _whole_right(self, size: int) -> Right:
-        """Which rows the engine's whole model has right; only "int8-batch" depends on the batch size."""
-        key = size if self.made.engine.precision == "int8-batch" else max(self.plan.batch_sizes)
-        if key not in self._whole:
-            self._whole[key] = self._right(self.made.engine.whole, key)
-        return self._whole[key]
+    def _right(self, name: str, call: Callable[[Inputs], Tensor], size: int) -> Right:
+        """Which of all judged rows a call has right; "" is the whole model. Answers do not depend on the batch size, so
+        one is enough, but for "int8-batch", where they do."""
+        size = size if self.made.engine.precision == "int8-batch" else max(self.plan.batch_sizes)
+        if (name, size) not in self._known:
+            self._known[name, size] = torch.cat(judged_at(self.subject, call, size)).cpu() == self.labels
+        return self._known[name, size]
 
     def _plain_right(self) -> Right:
         if self._plain is None:
-            self._plain = self._right(self.model.plain, max(self.plan.batch_sizes))
+            said = judged_at(self.subject, lambda batch: self.model.plain(batch).argmax(-1), max(self.plan.batch_sizes))
+            self._plain = torch.cat(said).cpu() == self.labels
         return self._plain
-
-    def _right(self, call: Callable[[Inputs], Tensor], size: int) -> Right:
-        return torch.cat([said.argmax(dim=-1) for said in judged_at(self.subject, call, size)]).cpu() == self.labels
 
     def _shorter(self, accuracy: float) -> Shorter:
         """The first exit that alone is at least so right; its time is not known yet."""

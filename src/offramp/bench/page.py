@@ -26,7 +26,7 @@ def page_html(found: Bench) -> str:
     settings = found.settings
     return page.substitute(
         title=escape(f"Engines with exits: {found.title}"),
-        headline=escape(found.headline()),
+        headline=escape(found.headline().replace(" %", "\u00a0%")),
         how=escape(
             f"{found.title}: in each cell all contenders took turns over the same batches of real rows, for about "
             f"{settings['seconds']:g} s, with {settings['threads']} thread(s). Families are calibrated to "
@@ -120,7 +120,7 @@ def _tail(found: Bench) -> str:
     ]  # fmt: skip
     return _section(
         "Single rows",
-        "One call after the other at batch 1. Exits help the median; the slowest rows see every exit, and pay for it.",
+        "One call after the other at batch 1. Rows that see every exit pay for all of them, which shows at p99.",
         "tail",
         ("engine", "policy", "calls", "rows", "p50 live", "whole", "p95 live", "whole", "p99 live", "whole"),
         rows,

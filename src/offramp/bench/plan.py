@@ -65,7 +65,8 @@ class Plan:
         batch_sizes: rows in a batch.
         policies: names in the subject, or families of `offramp.choices.CHOICES`, calibrated for each engine.
         fraction: what a family may spend, of the plain model's FLOPs.
-        rows: timed in one round, at least two batches where there are so many rows.
+        rows: timed in one round, at least two batches where there are so many rows; 32 to 128 by `seconds` unless
+            given.
         seconds: about so long for each cell, three rounds at the least.
         stage_seconds: about so long for the stages at each size; a thirtieth of `seconds` unless given.
         calls: single rows whose time is taken one by one at batch 1.
@@ -79,7 +80,7 @@ class Plan:
     batch_sizes: tuple[int, ...] = (1, 8, 32, 128)
     policies: tuple[str, ...] = ("max-prob", "beem-a")
     fraction: float = 0.5
-    rows: int = 128
+    rows: int | None = None
     seconds: float = 20.0
     stage_seconds: float | None = None
     calls: int = 200
@@ -88,8 +89,8 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("engines", "batch_sizes", "policies"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        whole = {"batch_sizes": self.batch_sizes, "rows": (self.rows,), "calls": (self.calls,)}
-        whole |= {} if self.threads is None else {"threads": (self.threads,)}
+        whole = {"batch_sizes": self.batch_sizes, "calls": (self.calls,)}
+        whole |= {name: (value,) for name in ("rows", "threads") if (value := getattr(self, name)) is not None}
         for name, numbers in whole.items():
             if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers):
                 got = ", ".join(map(str, numbers)) or "none"
@@ -105,6 +106,11 @@ class Plan:
                     f"{name} are {', '.join(map(str, values))}; expected different ones, at least one."
                 )
         pairs_of(self.engines)
+
+    def timed_rows(self, size: int) -> int:
+        """Rows in a round of batches of `size`."""
+        rows = self.rows if self.rows is not None else min(128, max(32, round(8 * self.seconds)))
+        return max(rows, 2 * size)
 
     @property
     def for_stages_s(self) -> float:

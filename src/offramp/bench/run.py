@@ -150,7 +150,8 @@ def _known(subject: Subject, plan: Plan, out: str | Path | None) -> Bench:
     with threads(plan.threads):
         machine, count = machine_line(), torch.get_num_threads()
     settings = {
-        "fraction": plan.fraction, "rows": plan.rows, "seconds": plan.seconds, "stage_seconds": plan.for_stages_s,
+        "fraction": plan.fraction, "rows": plan.timed_rows(0), "seconds": plan.seconds,
+        "stage_seconds": plan.for_stages_s,
         "calls": plan.calls, "threads": count, "judged": len(subject.test),
         "fitted": 0 if subject.fit is None else len(subject.fit), "model": _mark(subject),
     }  # fmt: skip
@@ -209,14 +210,14 @@ def _estimate(subject: Subject, plan: Plan, missing: Mapping[Pair, set[tuple[str
     fitted = 0.0 if subject.fit is None else len(subject.fit) / largest * plain[largest]
     total = 0.0
     for cells in filter(None, missing.values()):
-        total += LOADING_S + EXPORTING_S + 1.5 * fitted + 3.5 * judged
+        total += LOADING_S + EXPORTING_S + 1.5 * fitted + (3.5 + len(plan.policies)) * judged
         for size in {size for _, size in cells}:
             # stages, heads, steps and the whole model, in at least three rounds and a first one
             sizes = sizes_to(size)
             total += sum(max(plan.for_stages_s, 4 * 3 * plain[size] * each / size) for each in sizes)
         for _, size in cells:
-            rounds = max(plan.rows, 2 * size) / size * plain[size] * 4.5
-            total += max(plan.seconds, 3 * rounds) + rounds + len(subject.test) / size * plain[size]
+            rounds = plan.timed_rows(size) / size * plain[size] * 4.5
+            total += max(plan.seconds, 3 * rounds) + 1.2 * rounds
             total += 2 * plan.calls * plain[size] if size == 1 else 0.0
     return total
 

@@ -13,7 +13,7 @@ from offramp.cli.show import is_quiet, line, note, percent, percents, result, ta
 from offramp.errors import DataError, MissingExtra, NotStageable, ValueRangeError
 
 if TYPE_CHECKING:
-    from offramp.bench import Bench, Cell, Plan, Subject
+    from offramp.bench import Bench, Cell, Opener, Plan, Subject
     from offramp.bench.value import Rate
     from offramp.bundle import Bundle
     from offramp.data import Examples
@@ -39,7 +39,10 @@ def bench(
         str, typer.Option(help="Names in the bundle or run, or families that are calibrated for each engine.")
     ] = "max-prob,beem-a",
     fraction: Annotated[float, typer.Option(help="What a family may spend, of the plain model's counted cost.")] = 0.5,
-    rows: Annotated[int, typer.Option(help="Rows in a timed round, two batches at the least.")] = 128,
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Rows in a timed round, two batches at the least; 32 to 128 by --seconds, by default."),
+    ] = None,
     limit: Annotated[
         int, typer.Option(min=2, help="Calibrate on at most so many rows, and judge on as many others.")
     ] = 1000,
@@ -61,13 +64,21 @@ def bench(
     plan, names = _plan(engines, batch_sizes, policies, fraction, rows, seconds, threads)
     if html is not None:
         _needs_plotly()
-    from offramp.bench import Opener, left_to_do
-    from offramp.bench import bench as run
-    from offramp.meter import duration
+    from offramp.bench import Opener
 
     words = {"target": str(target), "file": file and str(file), "data": data and str(data), "limit": limit,
              "policies": list(names)}  # fmt: skip
     opener = Opener("offramp.cli.benching:subject_of", words)
+    found = _measured(opener, plan, out)
+    _finish(found, out, html, json_out)
+
+
+def _measured(opener: "Opener", plan: "Plan", out: Path | None) -> "Bench":
+    """What was found, after it was said what is to be done and about how long it takes."""
+    from offramp.bench import bench as run
+    from offramp.bench import left_to_do
+    from offramp.meter import duration
+
     subject = opener()
     work = left_to_do(subject, plan, out)
     wanted, known = work.cells
@@ -85,9 +96,9 @@ def bench(
         raise typer.Exit(INTERRUPTED) from None
     if not found.cells:
         raise NotStageable(
-            "no engine ran. " + "; ".join(f"{each.name}: {each.why.rstrip('.')}" for each in found.engines)
+            "no engine ran: " + "; ".join(f"{each.name}: {each.why.rstrip('.')}" for each in found.engines)
         )
-    _finish(found, out, html, json_out)
+    return found
 
 
 def _finish(found: "Bench", out: Path | None, html: Path | None, json_out: bool) -> None:
@@ -104,7 +115,7 @@ def _finish(found: "Bench", out: Path | None, html: Path | None, json_out: bool)
 
 
 def _plan(
-    engines: str | None, batch_sizes: str, policies: str, fraction: float, rows: int, seconds: float,
+    engines: str | None, batch_sizes: str, policies: str, fraction: float, rows: int | None, seconds: float,
     threads: int | None,
 ) -> "tuple[Plan, tuple[str, ...]]":  # fmt: skip
     """(the plan, the names of its policies); what is wrong with the words is wrong usage."""
@@ -244,21 +255,28 @@ def _show(found: "Bench") -> None:
     """Nothing; the figures are on standard output as tables."""
     line(found.headline())
     cells = sorted(found.cells, key=lambda cell: cell.batch_size)
+    which = ("engine", "batch", "policy")
+    for size in sorted({cell.batch_size for cell in cells}):
+        table(
+            f"\nBatch {size}: milliseconds a batch, and times as fast as the same engine without exits (whole)",
+            ("engine", "policy", "live", "spread", "whole", "rows/s", "speed-up", "promise", "kept", "none taken",
+             "vs torch"),
+            ((c.name, c.policy, f"{c.live.median_ms:.2f}", f"{c.live.spread_ms:.2f}", f"{c.whole.median_ms:.2f}",
+              f"{c.live.rows_per_s:.0f}", f"{c.speedup:.2f}x", f"{c.promise:.2f}x", f"{100 * c.kept:.0f} %",
+              "" if c.unused_time is None else f"{c.unused_time:.2f}x", f"{c.eager_speedup:.2f}x")
+             for c in cells if c.batch_size == size),
+        )  # fmt: skip
     table(
-        "\nLive runs: milliseconds a batch against the same engine without exits, taking turns over the same rows",
-        ("engine", "batch", "policy", "ms", "spread", "whole", "rows/s", "speed-up", "promise", "kept", "none taken",
-         "vs torch", "left at each exit"),
-        ((c.name, str(c.batch_size), c.policy, f"{c.live.median_ms:.2f}", f"{c.live.spread_ms:.2f}",
-          f"{c.whole.median_ms:.2f}", f"{c.live.rows_per_s:.0f}", f"{c.speedup:.2f}x", f"{c.promise:.2f}x",
-          f"{100 * c.kept:.0f} %", "" if c.unused_time is None else f"{c.unused_time:.2f}x",
-          f"{c.eager_speedup:.2f}x", percents(c.shares)) for c in cells),
+        f"Accuracy on {cells[0].judged} rows, against the plain model in its own precision",
+        (*which, "right, 95 % interval", "less plain", "whole", "left at each exit"),
+        ((*_which(c), _rate(c.accuracy), _points_lost(c.lost), percent(c.whole_accuracy.value), percents(c.shares))
+         for c in cells),
     )  # fmt: skip
     table(
-        f"Accuracy on {cells[0].judged} rows, and what one would pick instead: a whole model or one exit for all rows",
-        ("engine", "batch", "policy", "right, 95 % interval", "less plain", "whole", "cut at exit", "right",
-         "live over it", "fastest as right", "live over it"),
-        (_answers(found, c) for c in cells),
-    )  # fmt: skip
+        "What one would pick instead, no less right on these rows: one exit for all rows, or a whole model",
+        (*which, "cut at exit", "right", "live over it", "fastest as right, any engine", "live over it"),
+        ((*_which(c), *_instead(found, c)) for c in cells),
+    )
     if tails := [cell for cell in cells if cell.tail is not None]:
         table(
             f"Milliseconds of single rows at 50, 95 and 99 % of {tails[0].tail.calls} calls",  # type: ignore[union-attr]
@@ -269,16 +287,16 @@ def _show(found: "Bench") -> None:
     line(f"measured on {found.machine}")
 
 
-def _answers(found: "Bench", cell: "Cell") -> tuple[str, ...]:
+def _which(cell: "Cell") -> tuple[str, str, str]:
+    return cell.name, str(cell.batch_size), cell.policy
+
+
+def _instead(found: "Bench", cell: "Cell") -> tuple[str, ...]:
     short, other = cell.shorter, found.instead(cell)
     cut = ("none", "", "") if short.exit is None else (
         str(short.exit), percent(short.accuracy.value), f"{short.took.median_ms / cell.live.median_ms:.2f}x",  # type: ignore[union-attr]
     )  # fmt: skip
-    return (
-        cell.name, str(cell.batch_size), cell.policy, _rate(cell.accuracy), _points_lost(cell.lost),
-        percent(cell.whole_accuracy.value), *cut, "none" if other is None else other.what,
-        "" if other is None else f"{other.ratio:.2f}x",
-    )  # fmt: skip
+    return (*cut, *(("nothing", "") if other is None else (other.what, f"{other.ratio:.2f}x")))
 
 
 def _show_engines(found: "Bench") -> None:
@@ -286,16 +304,15 @@ def _show_engines(found: "Bench") -> None:
     rows = []
     for each in found.engines:
         made_on = ", ".join(
-            f"{name}: {'as given, from ' if t.status == 'as given' else ''}{t.made_on} logits"
-            + (f" ({t.status.replace('_', ' ')})" if t.status not in ("met", "as given") else "")
+            f"{name}: {t.made_on}" + (f" ({t.status.replace('_', ' ')})" if t.status != "met" else "")
             for name, t in each.thresholds.items()
         )
         ready = bool(each.thresholds)
         memory = "" if each.peak_mb is None else f"{each.peak_mb:.0f} ({each.kept_mb:.0f})"
         rows.append((each.name, f"{each.made_s:.1f}" if ready else "", memory, made_on, each.why or "ran"))
     table(
-        "Engines: seconds until the first answers, MB that the process grew at most (and kept), thresholds",
-        ("engine", "s", "MB", "thresholds were made on", "how it went"),
+        "Engines: seconds until the first answers, MB that the process grew at most (and kept)",
+        ("engine", "s", "MB", "thresholds are made on logits in", "how it went"),
         rows,
     )
     foreign = [(each.name, name, value) for each in found.engines for name, value in each.foreign.items()]

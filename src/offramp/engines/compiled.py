@@ -131,8 +131,8 @@ class Compiled(Staged):
             return out[0], None
         return out[0], self._stages.after(k, carry, tuple(out[1:]))
 
-    def head(self, k: int, tap: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Exit k's logits and signals."""
+    def head(self, k: int, tap: Tensor, mask: Tensor | None, signals: bool) -> tuple[Tensor, Tensor | None]:
+        """Exit k's logits and signals; one piece of code computes both."""
         call, takes = self._heads[k]
         out = call(tap, mask) if takes else call(tap)
         return out[0], out[1] if len(out) > 1 else None

@@ -54,10 +54,10 @@ class Eager(Staged):
         with self._precise():
             return self._stages.run(k, carry)
 
-    def head(self, k: int, tap: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Exit k's logits and signals."""
+    def head(self, k: int, tap: Tensor, mask: Tensor | None, signals: bool) -> tuple[Tensor, Tensor | None]:
+        """Exit k's logits, and its signals where they are asked for and it has some."""
         if not self._autocast:
-            return self.model.evidence(k, tap, mask)
+            return self.model.evidence(k, tap, mask) if signals else (self.model.head_logits(k, tap, mask), None)
         with self._precise():
             return self.model.evidence(k, tap, mask)
 
