@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from offramp.errors import NoSuchModule, ShapeError, ValueRangeError
 
-__all__ = ["Head", "HeadSpec", "MapHead", "TokenHead", "VectorHead", "Wanted", "auto_head", "build_heads"]
+__all__ = [
+    "Head", "HeadSpec", "MapHead", "TokenHead", "VectorHead", "Wanted", "auto_head", "build_heads", "mask_weights",
+]  # fmt: skip
 
 Shape = tuple[int, ...]
 
@@ -24,8 +26,16 @@ class Head(nn.Module):
 
     takes_mask = False
 
-    def forward(self, tap: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits [batch cls]."""
+    def forward(
+        self, tap: Tensor, mask: Tensor | None = None, *, weights: Tensor | None = None, signals: bool = True
+    ) -> Tensor:
+        """Logits [batch cls].
+
+        Args:
+            tap, mask: what the head sees.
+            weights: `mask_weights` of the mask, where somebody has them already.
+            signals: False leaves out what was learned beside the logits.
+        """
         raise NotImplementedError
 
 
@@ -237,11 +247,12 @@ class _MapHead(Head):
         self.linear = nn.Linear(ch * grid * grid, classes)
 
     def forward(
-        self, tap: Float[Tensor, "batch ch height width"], mask: Tensor | None = None
-    ) -> Float[Tensor, "batch cls"]:
+        self, tap: Float[Tensor, "batch ch height width"], mask: Tensor | None = None, *,
+        weights: Tensor | None = None, signals: bool = True,
+    ) -> Float[Tensor, "batch cls"]:  # fmt: skip
         tap = self.convs(tap)
         pooled = tap.mean((2, 3)) if self.grid == 1 else F.adaptive_avg_pool2d(tap, self.grid).flatten(1)
-        return _classify(self, pooled)
+        return _classify(self, pooled, signals)
 
 
 class _TokenHead(Head):
@@ -263,15 +274,18 @@ class _TokenHead(Head):
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(dim, classes)
 
-    def forward(self, tap: Float[Tensor, "batch tok dim"], mask: Tensor | None = None) -> Float[Tensor, "batch cls"]:
+    def forward(
+        self, tap: Float[Tensor, "batch tok dim"], mask: Tensor | None = None, *,
+        weights: Tensor | None = None, signals: bool = True,
+    ) -> Float[Tensor, "batch cls"]:  # fmt: skip
         shared = self._shared[0]
         if shared is not None:
             pooled = shared(tap)
         else:
-            pooled = tap[:, 0] if self.pool == "first" else _masked_mean(tap, mask)
+            pooled = tap[:, 0] if self.pool == "first" else _masked_mean(tap, mask, weights)
         if self.own is not None:
             pooled = torch.tanh(self.own(pooled))
-        return _classify(self, pooled)
+        return _classify(self, pooled, signals)
 
 
 class _VectorHead(Head):
@@ -280,24 +294,41 @@ class _VectorHead(Head):
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(dim, classes)
 
-    def forward(self, tap: Float[Tensor, "batch dim"], mask: Tensor | None = None) -> Float[Tensor, "batch cls"]:
-        return _classify(self, tap)
+    def forward(
+        self, tap: Float[Tensor, "batch dim"], mask: Tensor | None = None, *,
+        weights: Tensor | None = None, signals: bool = True,
+    ) -> Float[Tensor, "batch cls"]:  # fmt: skip
+        return _classify(self, tap, signals)
 
 
-def _classify(head: Any, pooled: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch cls"]:
+def _classify(head: Any, pooled: Float[Tensor, "batch dim"], signals: bool) -> Float[Tensor, "batch cls"]:
     """Logits of a head with `dropout` and `linear`. At batch 1 every call of a module shows, so eval mode makes one."""
-    return head.linear(head.dropout(pooled)) if head.training else head.linear(pooled)
+    linear = head.linear
+    if head.training:
+        pooled = head.dropout(pooled)
+    if signals or not hasattr(linear, "signal_weight"):
+        return linear(pooled)
+    return F.linear(pooled, linear.weight, linear.bias)
 
 
-def _masked_mean(tap: Float[Tensor, "batch tok dim"], mask: Tensor | None) -> Float[Tensor, "batch dim"]:
+def mask_weights(mask: Tensor, dtype: torch.dtype) -> Float[Tensor, "batch 1 tok"]:
+    """What each token counts in the mean over those where the mask [batch tok] is not zero."""
+    keep = (mask != 0).to(dtype)
+    return (keep / keep.sum(1, keepdim=True).clamp_(min=1)).unsqueeze(1)
+
+
+def _masked_mean(
+    tap: Float[Tensor, "batch tok dim"], mask: Tensor | None, weights: Tensor | None
+) -> Float[Tensor, "batch dim"]:
     """The mean over the tokens where the mask [batch tok] is not zero, or over all of them without a mask."""
     if mask is None:
         return tap.mean(1)
+    if weights is not None:
+        return torch.bmm(weights, tap).squeeze(1)
     if mask.shape != tap.shape[:2]:
         raise ShapeError(
             f"The attention mask has shape {list(mask.shape)} and the tap {list(tap.shape)}; expected a mask "
             f"{list(tap.shape[:2])}. Use TokenHead('first'), or a head of your own."
         )
-    keep = (mask != 0).to(tap.dtype)
     # a product with the mask as a row: no masked copy of the tap is made
-    return torch.bmm(keep.unsqueeze(1), tap).squeeze(1) / keep.sum(1, keepdim=True).clamp_(min=1)
+    return torch.bmm(mask_weights(mask, tap.dtype), tap).squeeze(1)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from offramp.graph import Dynamic, eval_mode, own_precision, three_rows, trace
+from offramp.heads import Head
 from offramp.inputs import Inputs, mask_of, names_of
 from offramp.stages import Stages, stages_by_hand, stages_of_graph
 from offramp.taps import Tap, listen, logits_of
@@ -52,8 +53,14 @@ class ExitModel(nn.Module):
         """The original's own logits; no head runs."""
         raise NotImplementedError
 
-    def head_logits(self, k: int, tap: Tensor, mask: Tensor | None = None) -> Float[Tensor, "batch cls"]:
-        """Exit k's logits from its tap, for k < E-1; `mask` [batch tok] is used by heads that average tokens."""
+    def head_logits(
+        self, k: int, tap: Tensor, mask: Tensor | None = None, weights: Tensor | None = None
+    ) -> Float[Tensor, "batch cls"]:
+        """Exit k's logits from its tap, for k < E-1; `mask` [batch tok] is used by heads that average tokens, and
+        `weights` are `mask_weights` of it, where they are known."""
+        head = self.heads[k]
+        if isinstance(head, Head):
+            return head(tap, mask, weights=weights, signals=False)
         columns = self._columns(k, tap, mask)
         return columns[:, : self.classes] if self.signals else columns
 

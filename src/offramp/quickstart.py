@@ -12,13 +12,14 @@ from offramp.artefacts import write_json
 from offramp.compare import HEADLINE, Compared, Pool, compare, compare_pooled, halves
 from offramp.cost import Budget, CostModel
 from offramp.data import Examples
+from offramp.engines import Engine
 from offramp.errors import DataError
 from offramp.jobs import Job, job
 from offramp.machine import machine_line, threads
 from offramp.measure import measure
 from offramp.meter import Meter
 from offramp.metrics import near_decision
-from offramp.model import MultiExitModel
+from offramp.model import ExitModel, MultiExitModel
 from offramp.policies import to_dict
 from offramp.record import record
 from offramp.runs import save_run
@@ -214,14 +215,21 @@ def time_table(
 
 
 def parity(
-    model: MultiExitModel, policies: dict[str, Any], test: Examples, costs: CostModel, sizes: Sequence[int]
-) -> dict[str, tuple[int, int, int]]:
-    """Per policy: (rows compared, rows near a decision, other rows whose live exit is not the simulated one)."""
-    trace = record(model, test, progress=False)
+    model: ExitModel, policies: dict[str, Any], test: Examples, costs: CostModel, sizes: Sequence[int], *,
+    engine: Engine | None = None, tolerance: float = 1e-5,
+) -> dict[str, tuple[int, int, int]]:  # fmt: skip
+    """Per policy: (rows compared, rows near a decision, other rows whose live exit is not the simulated one).
+
+    Args:
+        engine: what runs live, and what the simulated logits are recorded with; eager unless given.
+        tolerance: how near a score, or two logits, must be for rounding to decide.
+    """
+    trace = record(model, test, progress=False, engine=engine)
     counts = {}
     for name, policy in policies.items():
-        outcome, run = simulate(policy, trace, costs), Runtime(model, policy)
-        near = near_decision(policy, trace, outcome)
+        outcome = simulate(policy, trace, costs)
+        run = Runtime(model, policy, engine or "eager", calibrated=None if engine is None else engine.precision)
+        near = near_decision(policy, trace, outcome, tolerance)
         compared = differs = 0
         for size in sizes:
             parts = [torch.arange(i, min(i + size, len(test))) for i in range(0, len(test), size)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from offramp.cut import Live, Piece, cut
 from offramp.errors import FormatError, NotStageable, ShapeError
 from offramp.graph import Axes, Traced, eval_mode
+from offramp.heads import mask_weights
 from offramp.inputs import Inputs, batch_size, names_of, tensors_of
 from offramp.sizes import compile_sizes
 
@@ -59,7 +60,7 @@ class _Plan:
 class Carry:
     """What goes on behind a tap: row tensors, constants, and the lengths that sizes are computed from."""
 
-    __slots__ = ("_plan", "_symbols", "_values", "batch")
+    __slots__ = ("_plan", "_symbols", "_values", "_weights", "batch")
 
     batch: int
 
@@ -68,6 +69,7 @@ class Carry:
         self._values = values
         self.batch = batch
         self._symbols = symbols
+        self._weights: Tensor | None = None
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -78,6 +80,14 @@ class Carry:
     def mask(self) -> Tensor | None:
         """The attention mask [batch tok] of the rows that are still here, or None when no head needs it."""
         return None if self._plan.mask is None else self._values[self._plan.mask]
+
+    def weights(self, dtype: torch.dtype) -> Tensor | None:
+        """What each token counts in a mean [batch 1 tok], by the mask; made once for all heads of a run."""
+        if self._plan.mask is None:
+            return None
+        if self._weights is None or self._weights.dtype is not dtype:
+            self._weights = mask_weights(self._values[self._plan.mask], dtype)
+        return self._weights
 
     def select(self, index: Tensor) -> "Carry":
         """The carry of the rows in `index` (row numbers int64 [rows], or bool [batch]), in that order.
@@ -95,7 +105,10 @@ class Carry:
                     for value, (axis, multiple) in zip(self._values, self._plan.moves)  # noqa: B905
                 ]
             )
-        return Carry(self._plan, values, index.shape[0], self._symbols)
+        rest = Carry(self._plan, values, index.shape[0], self._symbols)
+        if self._weights is not None:
+            rest._weights = self._weights.index_select(0, index)
+        return rest
 
 
 def _select(value: Any, axis: int | None, multiple: bool, batch: int, index: Tensor) -> Any:
@@ -173,7 +186,10 @@ class Stages:
         out = call(*carry._values, *sizes(carry.batch, *carry._symbols))
         if plan is None:
             return out, None
-        return out[0], Carry(plan, out[1:], carry.batch, carry._symbols)
+        after = Carry(plan, out[1:], carry.batch, carry._symbols)
+        if carry._weights is not None and after.mask is carry.mask:
+            after._weights = carry._weights
+        return out[0], after
 
     def after(self, k: int, carry: Carry, values: tuple[Any, ...]) -> Carry:
         """The carry of these values into stage k+1, when another engine ran stage k on the rows of `carry`."""

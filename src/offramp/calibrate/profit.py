@@ -32,10 +32,15 @@ def profitable(make: Make, trace: ExitTrace, costs: CostModel, target: Budget) -
     flags: Flags = (True,) * trace.exits
     found = make(flags).to(target)
     dropped: list[int] = []
-    while (worst := _worst(found, trace, costs, target, flags)) is not None:
+    needed: set[int] = set()  # exits that the family cannot keep the budget without
+    while (worst := _worst(found, trace, costs, target, flags, needed)) is not None:
+        fewer = tuple(on and k != worst for k, on in enumerate(flags))
+        other = make(fewer).to(target)
+        if other.status == "infeasible" and found.status != "infeasible":
+            needed.add(worst)
+            continue
+        found, flags = other, fewer
         dropped.append(worst)
-        flags = tuple(on and k != worst for k, on in enumerate(flags))
-        found = make(flags).to(target)
     return _told(found, dropped, make, trace, costs, target)
 
 
@@ -84,13 +89,15 @@ def _quality(found: Calibration, trace: ExitTrace) -> float:
     return float((outcome.answer.argmax(-1) == right).double().mean())
 
 
-def _worst(found: Calibration, trace: ExitTrace, costs: CostModel, target: Budget, flags: Flags) -> int | None:
-    """The exit whose absence saves most time, or None when all pay."""
+def _worst(
+    found: Calibration, trace: ExitTrace, costs: CostModel, target: Budget, flags: Flags, needed: set[int]
+) -> int | None:
+    """The exit whose absence saves most time, of those that are not needed; None when all pay."""
     shares = list(simulate(found.policy, trace, costs).shares)
     on = costs.visited(found.policy.enabled)
     now, best, worst = costs.seconds(shares, target.batch_size, on), 0.0, None
     for k in range(trace.exits - 1):
-        if not (flags[k] and on[k]):
+        if not (flags[k] and on[k]) or k in needed:
             continue
         following = next(j for j in range(k + 1, trace.exits) if on[j])
         moved = list(shares)

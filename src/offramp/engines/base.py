@@ -159,8 +159,8 @@ class Staged(Engine):
         """Stage k: the tap and what goes on; the logits and None behind the last."""
 
     @abstractmethod
-    def head(self, k: int, tap: Tensor, mask: Tensor | None, signals: bool) -> tuple[Tensor, Tensor | None]:
-        """Exit k's logits, and its signals where they are asked for and it has some."""
+    def head(self, k: int, tap: Tensor, carry: Carry, signals: bool) -> tuple[Tensor, Tensor | None]:
+        """Exit k's logits, and its signals where they are asked for and it has some; `carry` is what goes on there."""
 
     def bind(self, policy: Policy) -> Bound:
         """The engine under a policy."""
@@ -172,7 +172,7 @@ class Staged(Engine):
         logits, signals = [], []
         for k in range(self.model.exits):
             tap, carry = self.run(k, carry)
-            said, told = (tap, None) if carry is None else self.head(k, tap, carry.mask, True)
+            said, told = (tap, None) if carry is None else self.head(k, tap, carry, True)
             logits.append(said.float())
             if self.model.signals:
                 signals.append(said.new_zeros(len(said), len(self.model.signals)) if told is None else told)
@@ -187,8 +187,8 @@ class Staged(Engine):
             tap, after = self.run(k, carry)
             if after is None:
                 break
-            found[f"head {k}"] = partial(self.head, k, tap, after.mask, bool(policy.needs))
-            seen = _picked(policy, self.model.signals, *self.head(k, tap, after.mask, bool(policy.needs)))
+            found[f"head {k}"] = partial(self.head, k, tap, after, bool(policy.needs))
+            seen = _picked(policy, self.model.signals, *self.head(k, tap, after, bool(policy.needs)))
             known = policy.init(seen) if state is None else state
             found[f"step {k}"] = partial(_decided, policy, k, seen, known)
             carry, state = after, policy.step(k, seen, known).state
@@ -218,7 +218,7 @@ class _BoundStages:
         if after is None:  # the last exit: what ends there are the model's own logits
             seen = Evidence(tap.float(), tap.new_zeros(len(tap), len(policy.needs)) if policy.needs else None)
         else:
-            seen = _picked(policy, engine.model.signals, *engine.head(k, tap, after.mask, self.signals))
+            seen = _picked(policy, engine.model.signals, *engine.head(k, tap, after, self.signals))
         return Visit(policy.step(k, seen, policy.init(seen) if state is None else state), after)
 
 

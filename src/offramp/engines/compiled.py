@@ -131,10 +131,10 @@ class Compiled(Staged):
             return out[0], None
         return out[0], self._stages.after(k, carry, tuple(out[1:]))
 
-    def head(self, k: int, tap: Tensor, mask: Tensor | None, signals: bool) -> tuple[Tensor, Tensor | None]:
+    def head(self, k: int, tap: Tensor, carry: Carry, signals: bool) -> tuple[Tensor, Tensor | None]:
         """Exit k's logits and signals; one piece of code computes both."""
         call, takes = self._heads[k]
-        out = call(tap, mask) if takes else call(tap)
+        out = call(tap, carry.mask) if takes else call(tap)
         return out[0], out[1] if len(out) > 1 else None
 
     def whole(self, inputs: Inputs) -> Float[Tensor, "batch cls"]:

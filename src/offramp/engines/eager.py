@@ -9,12 +9,15 @@ from torch import Tensor
 
 from offramp.engines.base import Staged
 from offramp.engines.lower import lowered
+from offramp.heads import Head
 from offramp.inputs import Inputs, tensors_of
 from offramp.model import ExitModel
 from offramp.stages import Carry, Stages, stages_of_parts
 from offramp.units import parts_of, precision_of
 
 __all__ = ["Eager"]
+
+NOTHING: Any = contextlib.nullcontext()
 
 
 class Eager(Staged):
@@ -37,6 +40,8 @@ class Eager(Staged):
             torch.set_num_threads(threads)
         self._lowered: Stages | None = stages_of_parts(lowered(parts_of(model))) if self._autocast else None
         self._stages = self._lowered or model.stages()
+        # several heads average over the same tokens
+        self._shares = any(isinstance(head, Head) and head.takes_mask for head in model.heads)
 
     def _precise(self) -> Any:
         return torch.autocast(self._kind, torch.bfloat16) if self._autocast else contextlib.nullcontext()
@@ -54,12 +59,14 @@ class Eager(Staged):
         with self._precise():
             return self._stages.run(k, carry)
 
-    def head(self, k: int, tap: Tensor, mask: Tensor | None, signals: bool) -> tuple[Tensor, Tensor | None]:
+    def head(self, k: int, tap: Tensor, carry: Carry, signals: bool) -> tuple[Tensor, Tensor | None]:
         """Exit k's logits, and its signals where they are asked for and it has some."""
-        if not self._autocast:
-            return self.model.evidence(k, tap, mask) if signals else (self.model.head_logits(k, tap, mask), None)
-        with self._precise():
-            return self.model.evidence(k, tap, mask)
+        model, mask = self.model, carry.mask
+        with self._precise() if self._autocast else NOTHING:
+            if signals:
+                return model.evidence(k, tap, mask)
+            weights = None if mask is None or not self._shares else carry.weights(tap.dtype)
+            return model.head_logits(k, tap, mask, weights), None
 
     def whole(self, inputs: Inputs) -> Float[Tensor, "batch cls"]:
         """The network's own logits, from the same graph, not cut."""
