@@ -215,7 +215,7 @@ def _finals(model: MultiExitModel) -> list[nn.Linear]:
         torch.no_grad(),
         _hearing(model, lambda k, layer, _, output: last.update({k: (layer, output)})),
     ):
-        logits = model(model.example)
+        logits, _ = model.forward_with_signals(model.example)  # a forward without them may pass the layer by
     found = []
     for k, tap in enumerate(model.taps):
         layer, output = last.get(k, (None, logits))
@@ -249,7 +249,7 @@ def _gather(
         for batch in loader:
             if batch.labels is None:
                 raise DataError("a certainty is learned from labelled rows, and these have no labels. Give them.")
-            logits = model(to_device(batch.inputs, device))[:-1]
+            logits = model.forward_with_signals(to_device(batch.inputs, device))[0][:-1]
             labels = check_labels(batch.labels, logits.shape[1], model.classes).to(device)
             right.append(logits.argmax(dim=-1) == labels)
             for k, kept in enumerate(pieces):
