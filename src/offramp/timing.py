@@ -1,7 +1,7 @@
 """Measured speed of a policy: whole live runs against the plain model in the same engine, taking turns."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -140,11 +140,13 @@ def over(call: Callable[[Inputs], object], batches: Sequence[Inputs]) -> Callabl
 
 def never(policy: Policy) -> Policy:
     """The policy with every exit visited and none taken: thresholds that no score reaches."""
-    if hasattr(policy, "patience"):
-        return replace(policy, patience=10**6, enabled=None)  # type: ignore[type-var, call-arg]
+    named = {field.name for field in fields(policy)}  # type: ignore[arg-type]
+    everyone = {"enabled": None} if "enabled" in named else {}
+    if "patience" in named:
+        return replace(policy, patience=10**6, **everyone)  # type: ignore[type-var, arg-type]
     thresholds = policy.thresholds  # type: ignore[attr-defined]
     count = len(thresholds) if isinstance(thresholds, tuple) else 1
-    return replace(policy, thresholds=(1e6,) * count if count > 1 else 1e6)  # type: ignore[type-var, call-arg]
+    return replace(policy, thresholds=(1e6,) * count if count > 1 else 1e6, **everyone)  # type: ignore[type-var, arg-type]
 
 
 def with_step_times(costs: CostModel, policy: Policy, trace: ExitTrace, *, seconds: float = 0.3) -> CostModel:

@@ -70,6 +70,23 @@ def test_every_cell_is_there_once_with_figures_that_fit(found):
             assert list(cell.tail.live) == sorted(cell.tail.live)
 
 
+def test_exits_may_be_off_and_families_may_do_with_fewer(subject, tmp_path):
+    off = MaxProb((0.4, 0.5, 0.0), enabled=(True, False, True))
+    subject = replace(subject, named={"off": (off, "fp32")})
+    plan = replace(PLAN, batch_sizes=(4,), policies=("off", "max-prob"), thin=True)
+    thin = bench(subject, plan, out=tmp_path / "bench.json", progress=False)
+    facts, (given, family) = thin.engines[0], thin.cells
+    assert facts.thresholds["off"].exits == (0, 2)
+    assert given.shares[1] == 0
+    assert given.unused is not None  # with exit 1 visited
+    left = facts.thresholds["max-prob"].exits or (0, 1, 2)
+    assert all(share == 0 for k, share in enumerate(family.shares) if k not in left)
+    assert Bench.of(json.loads((tmp_path / "bench.json").read_text())) == thin
+    assert "off with exits 0, 2" in page_html(thin)
+    with pytest.raises(FormatError, match="another thin"):
+        left_to_do(subject, replace(plan, thin=False), tmp_path / "bench.json")
+
+
 def test_accuracy_is_that_of_a_direct_computation(subject, found):
     rows, labels = subject.test.inputs, subject.test.labels
     with torch.no_grad():

@@ -65,12 +65,12 @@ def make(subject: Subject, plan: Plan, pair: Pair) -> Made:
     test = record(model, subject.test, batch_size=RECORDED, engine=made, progress=False)
     costs = measure(model, _inputs(subject, torch.arange(min(TYPICAL, len(subject.test)))), batch_sizes=())
     families = [name for name in plan.policies if name not in subject.named]
-    policies, thresholds = _calibrated(subject, families, made, costs, plan.fraction)
+    policies, thresholds = _calibrated(subject, families, made, costs, plan)
     for name in plan.policies:
         if name in subject.named:
             policy, made_on = subject.named[name]
-            policies[name], thresholds[name] = policy, Threshold(made_on, "as given", None)
-    foreign = {} if made.precision == own else _foreign(subject, families, policies, test, costs, plan.fraction)
+            policies[name], thresholds[name] = policy, Threshold(made_on, "as given", None, _on(policy))
+    foreign = {} if made.precision == own else _foreign(subject, families, policies, test, costs, plan)
     facts = EngineFacts(
         engine=made.name,
         precision=made.precision,
@@ -101,7 +101,7 @@ def _inputs(subject: Subject, rows: Tensor) -> Inputs:
 
 
 def _calibrated(
-    subject: Subject, families: list[str], made: Engine | None, costs: CostModel, fraction: float
+    subject: Subject, families: list[str], made: Engine | None, costs: CostModel, plan: Plan
 ) -> tuple[dict[str, Policy], dict[str, Threshold]]:
     """(policies, how their thresholds were found), on an engine's own logits, or on the model's own."""
     if not families:
@@ -109,21 +109,27 @@ def _calibrated(
     fit = record(subject.model, subject.fit, batch_size=RECORDED, engine=made, progress=False)
     policies, thresholds = {}, {}
     for name in families:
-        found = calibrate_choice(name, fit, costs, Budget(fraction=fraction))
+        found = calibrate_choice(name, fit, costs, Budget(fraction=plan.fraction), thin=plan.thin)
         policies[name] = found.policy
-        thresholds[name] = Threshold(fit.precision, found.status, found.achieved)
+        thresholds[name] = Threshold(fit.precision, found.status, found.achieved, _on(found.policy))
     return policies, thresholds
 
 
+def _on(policy: Policy) -> tuple[int, ...]:
+    """The exits that are on, where some are off."""
+    flags = policy.enabled or ()
+    return () if all(flags) else tuple(k for k, on in enumerate(flags) if on)
+
+
 def _foreign(
-    subject: Subject, families: list[str], own: dict[str, Policy], test: ExitTrace, costs: CostModel, fraction: float
+    subject: Subject, families: list[str], own: dict[str, Policy], test: ExitTrace, costs: CostModel, plan: Plan
 ) -> dict[str, Foreign]:
     """What thresholds of the model's own precision do on this engine's logits."""
     if not families:
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        others, _ = _calibrated(subject, families, None, costs, fraction)
+        others, _ = _calibrated(subject, families, None, costs, plan)
     before = record(subject.model, subject.test, batch_size=RECORDED, progress=False)
     found = {}
     for name in families:

@@ -132,7 +132,7 @@ def _engines(found: Bench) -> str:
     for each in found.engines:
         made_on = {
             f"{t.made_on} logits{', as given' if t.status == 'as given' else ''}" for t in each.thresholds.values()
-        }
+        } | {f"{name} with exits {', '.join(map(str, t.exits))}" for name, t in each.thresholds.items() if t.exits}
         memory = ("", "") if each.peak_mb is None else (f"{each.peak_mb:.0f}", f"{each.kept_mb:.0f}")
         rows.append((each.name, f"{each.made_s:.1f}", *memory, "; ".join(sorted(made_on)), each.why or "ran"))
     text = _table(

@@ -150,7 +150,7 @@ def _known(subject: Subject, plan: Plan, out: str | Path | None) -> Bench:
     with threads(plan.threads):
         machine, count = machine_line(), torch.get_num_threads()
     settings = {
-        "fraction": plan.fraction, "rows": plan.timed_rows(0), "seconds": plan.seconds,
+        "fraction": plan.fraction, "thin": plan.thin, "rows": plan.timed_rows(0), "seconds": plan.seconds,
         "stage_seconds": plan.for_stages_s,
         "calls": plan.calls, "threads": count, "judged": len(subject.test),
         "fitted": 0 if subject.fit is None else len(subject.fit), "model": _mark(subject),

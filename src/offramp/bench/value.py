@@ -126,11 +126,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Threshold:
-    """How a policy's thresholds were found: on which logits, with which status, and at what mean cost (counted)."""
+    """How a policy's thresholds were found.
+
+    Args:
+        made_on: the precision of the logits.
+        status: of the calibration, or "as given".
+        cost: the mean cost that was reached (counted); None for a policy that was given.
+        exits: those that are on; () when all are.
+    """
 
     made_on: str
     status: str
     cost: float | None
+    exits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -301,7 +309,9 @@ def facts_of(value: Mapping[str, Any]) -> EngineFacts:
     """The facts of an engine in a JSON object."""
     fields = {f.name: value[f.name] for f in dataclasses.fields(EngineFacts)}
     fields["exits"] = tuple(fields["exits"])
-    fields["thresholds"] = {name: Threshold(**each) for name, each in fields["thresholds"].items()}
+    fields["thresholds"] = {
+        name: Threshold(**{**each, "exits": tuple(each["exits"])}) for name, each in fields["thresholds"].items()
+    }
     fields["foreign"] = {
         name: Foreign(**{**each, **{key: Rate(**each[key]) for key in ("accuracy", "own_accuracy")}})
         for name, each in fields["foreign"].items()

@@ -39,6 +39,9 @@ def bench(
         str, typer.Option(help="Names in the bundle or run, or families that are calibrated for each engine.")
     ] = "max-prob,beem-a",
     fraction: Annotated[float, typer.Option(help="What a family may spend, of the plain model's counted cost.")] = 0.5,
+    thin: Annotated[
+        bool, typer.Option("--thin", help="Let families do with fewer exits, where that loses nothing.")
+    ] = False,
     rows: Annotated[
         int | None,
         typer.Option(help="Rows in a timed round, two batches at the least; 32 to 128 by --seconds, by default."),
@@ -61,7 +64,7 @@ def bench(
     """
     for path in (out, html):
         check_out(path) if path is not None else None
-    plan, names = _plan(engines, batch_sizes, policies, fraction, rows, seconds, threads)
+    plan, names = _plan(engines, batch_sizes, policies, fraction, thin, rows, seconds, threads)
     if html is not None:
         _needs_plotly()
     from offramp.bench import Opener
@@ -115,7 +118,7 @@ def _finish(found: "Bench", out: Path | None, html: Path | None, json_out: bool)
 
 
 def _plan(
-    engines: str | None, batch_sizes: str, policies: str, fraction: float, rows: int | None, seconds: float,
+    engines: str | None, batch_sizes: str, policies: str, fraction: float, thin: bool, rows: int | None, seconds: float,
     threads: int | None,
 ) -> "tuple[Plan, tuple[str, ...]]":  # fmt: skip
     """(the plan, the names of its policies); what is wrong with the words is wrong usage."""
@@ -127,7 +130,7 @@ def _plan(
     try:
         plan = Plan(
             engines=asked or DEFAULT, batch_sizes=tuple(dict.fromkeys(sizes)), policies=names, fraction=fraction,
-            rows=rows, seconds=seconds, threads=threads,
+            thin=thin, rows=rows, seconds=seconds, threads=threads,
         )  # fmt: skip
     except ValueRangeError as error:
         raise usage(str(error)) from None
@@ -307,12 +310,14 @@ def _show_engines(found: "Bench") -> None:
             f"{name}: {t.made_on}" + (f" ({t.status.replace('_', ' ')})" if t.status != "met" else "")
             for name, t in each.thresholds.items()
         )
+        if off := {f"{name}: exits {', '.join(map(str, t.exits))}" for name, t in each.thresholds.items() if t.exits}:
+            made_on += f"; {'; '.join(sorted(off))}"
         ready = bool(each.thresholds)
         memory = "" if each.peak_mb is None else f"{each.peak_mb:.0f} ({each.kept_mb:.0f})"
         rows.append((each.name, f"{each.made_s:.1f}" if ready else "", memory, made_on, each.why or "ran"))
     table(
         "Engines: seconds until the first answers, MB that the process grew at most (and kept)",
-        ("engine", "s", "MB", "thresholds are made on logits in", "how it went"),
+        ("engine", "s", "MB", "thresholds are made on logits in; exits, where some are off", "how it went"),
         rows,
     )
     foreign = [(each.name, name, value) for each in found.engines for name, value in each.foreign.items()]
