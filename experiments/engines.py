@@ -46,7 +46,7 @@ def main() -> None:
     fit, test = rows.select(fit_rows), rows.select(test_rows[: options.rows])
     table, exits = [], {}
     pairs = options.engines.split(",")
-    with Meter("engines", len(pairs)) as meter:
+    with Meter("engines", len(pairs), show=True) as meter:
         for pair in pairs:
             name, precision = pair.split(":")
             try:

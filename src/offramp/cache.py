@@ -3,9 +3,11 @@
 They lie in `OFFRAMP_CACHE`, or `offramp` in the user's cache folder. Anything there may be deleted at any time.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +16,10 @@ from offramp.artefacts import write_atomically
 
 __all__ = ["cache_folder", "kept_file"]
 
-#: The oldest files leave when all together are larger.
+#: The files that were not used for longest leave when all together are larger.
 MOST_BYTES = 8 * 2**30
+#: What we name files: nothing else in the folder is ever touched.
+OURS = re.compile(r"[0-9a-f]{24}-")
 
 
 def cache_folder() -> Path:
@@ -35,12 +39,16 @@ def kept_file(name: str, key: str, make: Callable[[Path], None]) -> Path:
         name: what it ends in, such as "stage-0.onnx".
         key: says what is in it: the same key and the same Offramp, the same contents.
         make: fills the path that it is given.
+
+    Raises:
+        OSError: the folder cannot be written to.
     """
     path = cache_folder() / f"{_named(key, name)}-{name}"
     digest = path.with_name(f"{path.name}.sha256")
     try:
         if digest.read_text(encoding="ascii") == _sha256(path):
-            os.utime(path)
+            with contextlib.suppress(OSError):  # a cache of somebody else's is read all the same
+                os.utime(path)
             return path
         print(f"offramp: {path} in the cache is damaged; it is made again.", file=sys.stderr)
     except OSError:
@@ -77,15 +85,17 @@ def _write(text: str, path: Path) -> None:
 
 
 def _shrink(newest: Path) -> None:
-    """Nothing; the oldest files are gone where all together were too large."""
+    """Nothing; the files of ours that were not used for longest are gone where all together were too large."""
     try:
-        files = sorted((p for p in newest.parent.iterdir() if p.is_file()), key=lambda p: p.stat().st_mtime)
-        total = sum(p.stat().st_size for p in files)
+        ours = [path for path in newest.parent.iterdir() if OURS.match(path.name) and path.is_file()]
+        files = sorted((path for path in ours if path.suffix != ".sha256"), key=lambda path: path.stat().st_mtime)
+        total = sum(path.stat().st_size for path in files)
         for path in files:
             if total <= MOST_BYTES:
                 return
-            if path not in (newest, newest.with_name(f"{newest.name}.sha256")):
+            if path != newest:
                 total -= path.stat().st_size
                 path.unlink(missing_ok=True)
+                path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
     except OSError:
         return  # another process cleans up as well

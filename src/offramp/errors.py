@@ -21,6 +21,7 @@ __all__ = [
     "OfframpError",
     "ShapeError",
     "ValueRangeError",
+    "first_line",
 ]
 
 
@@ -54,3 +55,9 @@ class FormatError(OfframpError, ValueError):
 
 class MissingExtra(OfframpError, ImportError):
     """An optional package is not installed. The message names the extra to install."""
+
+
+def first_line(error: BaseException, most: int = 200) -> str:
+    """What another package's error says, as far as it fits into a sentence of ours; its kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:most]

@@ -52,11 +52,15 @@ def measure(
         progress: called after every batch size.
 
     Raises:
-        ValueRangeError: no rows, or a batch size below 1.
+        ValueRangeError: no rows, a batch size below 1, or an engine that was made for another model.
         NotStageable: the model cannot be cut.
     """
     if batch_size(inputs) == 0 or any(size < 1 for size in batch_sizes):
         raise ValueRangeError(f"measuring needs at least one row and sizes of at least 1; got {tuple(batch_sizes)}.")
+    if isinstance(engine, Engine) and (engine.model is not model or precision not in (None, engine.precision)):
+        raise ValueRangeError(
+            "the engine was made for another model, or in another precision; make one for this model."
+        )
     training, timed = model.training, []
     model.eval()
     try:

@@ -22,6 +22,11 @@ class Says(Protocol):
     """What says the logits of every exit in its own arithmetic, such as an engine."""
 
     @property
+    def model(self) -> nn.Module:
+        """Whose logits they are."""
+        ...
+
+    @property
     def precision(self) -> str:
         """Of its arithmetic."""
         ...
@@ -55,8 +60,14 @@ def record(
 
     Raises:
         DataError: the data are empty or of no kind that can be used.
-        ShapeError, ValueRangeError: labels do not fit the model, or logits are NaN or infinite.
+        ShapeError, ValueRangeError: labels do not fit the model, or logits are NaN or infinite; the engine was made for
+            another model, or `precision` is given beside it.
     """
+    if engine is not None and (engine.model is not model or precision != "fp32"):
+        raise ValueRangeError(
+            "the engine was made for another model, or precision= is given beside it; give record the model that the "
+            "engine was made for, and no precision: the engine has its own."
+        )
     data = as_data(data)
     logits, signals, labels = _said(model, data, batch_size, progress, precision, engine)
     if ids is None:

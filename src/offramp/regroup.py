@@ -12,6 +12,8 @@ from offramp.scores import probabilities
 
 __all__ = ["Regrouping", "Results"]
 
+MOST = 10_000  # decisions that are remembered
+
 
 class Regrouping:
     """`pays(place, flight, left)`: whether to regroup behind a visit, when `left` of `flight` rows go on.
@@ -31,6 +33,8 @@ class Regrouping:
     def __call__(self, place: int, flight: int, left: int) -> bool:
         """Whether regrouping pays behind visit number `place`."""
         key = (place, flight, left)
+        if len(self._known) > MOST:
+            self._known.clear()
         if key not in self._known:  # the same few numbers come again and again
             k, following = self._visits[place], self._visits[place + 1]
             saved = self._costs.span_s(k, following, flight) - self._costs.span_s(k, following, left)

@@ -8,7 +8,7 @@ import torch
 from offramp.cost import CostModel
 from offramp.engines.base import Bound, Engine
 from offramp.engines.choose import engine as engine_of
-from offramp.errors import ShapeError, ValueRangeError
+from offramp.errors import ShapeError, ValueRangeError, first_line
 from offramp.graph import eval_mode
 from offramp.inputs import Inputs, batch_size
 from offramp.model import ExitModel
@@ -24,15 +24,17 @@ class Runtime:
     """Runs a multi-exit model under a policy: `Runtime(model, policy)(inputs) -> Prediction`.
 
     After each exit the rows that stop leave with their state, their mask and their part of the carry. Exits that are
-    switched off cost nothing. It may be called from several threads at once.
+    switched off cost nothing. It may be called from several threads at once, with the model in eval mode.
 
     Args:
         model: from `attach`.
         policy: made for the same number of exits.
         engine: what runs the stages: a name ("eager", "compiled", "onnx", "onnx-file"), or what `engine(...)` returned.
-        precision, threads: as for `engine`, when that is a name.
+        precision, threads: as for `engine`, when that is a name. The threads of eager and compiled are torch's, so they
+            are set for the whole process.
         costs: from `measure` with the same engine and precision. With them, rows that are done stay in the batch
-            where moving the others costs more than it saves; no answer changes.
+            where moving the others costs more than it saves; no answer changes (but in "int8-batch", where a row's
+            answer depends on all that are in the batch).
         calibrated: the precision of the logits that the policy was calibrated on, "fp32" unless given. Thresholds of
             one precision do not hold in another: a warning says so.
 
@@ -98,8 +100,18 @@ class Runtime:
 
         Raises:
             ShapeError: a name, a shape or a length differs from what the model takes.
-            ValueRangeError: an answer is NaN or infinite; the message names the rows.
+            ValueRangeError: an answer is NaN or infinite; the message names the rows. Or an input has numbers beyond
+                what the network has a table for.
         """
+        try:
+            return self._in_eval_mode(inputs)
+        except IndexError as error:
+            raise ValueRangeError(
+                f"an input has numbers that the network has no place for: {first_line(error)}. Look for token ids that "
+                "are not below the vocabulary's size."
+            ) from error
+
+    def _in_eval_mode(self, inputs: Inputs) -> Prediction:
         if self.model.heads.training:  # stages are always in eval mode; heads follow the model's flag
             with eval_mode(self.model.heads):
                 return self._run(inputs)

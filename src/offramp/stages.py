@@ -268,6 +268,7 @@ def _binder(
     fixed = [[(axis, n) for axis, n in enumerate(entry) if isinstance(n, int)] for entry in axes]
     free = [[(axis, n[0]) for axis, n in enumerate(entry) if not isinstance(n, int)] for entry in axes]
     ndims = [len(entry) for entry in axes]
+    whole = [not (dtype.is_floating_point or dtype.is_complex) for dtype in dtypes]
     single = names == ("input",)
     picks = [names.index(name) for name in wanted]
     lengths = list(enumerate(ranges))[1:]  # any number of rows is good
@@ -291,10 +292,12 @@ def _binder(
                 symbols[place] = shape[axis]
             if not good:
                 raise _misfit(names[i], axes[i], tensor)
-            if tensor.dtype is not dtypes[i] and (tensor.is_floating_point() or dtypes[i].is_floating_point):
-                raise ShapeError(
-                    f"Input {names[i]!r} is {tensor.dtype}; the stages were cut for {dtypes[i]}. Cast the input."
-                )
+            if tensor.dtype is not dtypes[i]:
+                if not whole[i] or tensor.is_floating_point() or tensor.is_complex():
+                    raise ShapeError(
+                        f"Input {names[i]!r} is {tensor.dtype}; the stages were cut for {dtypes[i]}. Cast the input."
+                    )
+                tensors = (*tensors[:i], tensor.to(dtypes[i]), *tensors[i + 1 :])
         for place, (least, most) in lengths:
             if not least <= symbols[place] <= most:
                 limit = f", {most} at most" if most < 2**61 else ""

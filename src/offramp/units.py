@@ -1,15 +1,16 @@
 """Stages and heads as modules of tensors alone, which is what exporters take, and what a model is told apart by."""
 
 import hashlib
-import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from offramp.cut import Live, Piece
 from offramp.errors import NotStageable
+from offramp.graph import eval_mode, three_rows
 from offramp.model import ExitModel
 from offramp.sizes import compile_sizes
 from offramp.stages import Parts
@@ -132,7 +133,8 @@ def _lengths(enters: Sequence[Live], symbols: int) -> list[tuple[int, int] | Non
 
 
 def fingerprint(model: ExitModel) -> str | None:
-    """What tells a model from others: its graphs, its heads' code and every weight; None where heads' code is unknown.
+    """What tells a model from others: its graphs, what its heads compute, and every weight; None where a head cannot be
+    exported.
 
     Two models of one fingerprint answer alike with the same version of torch.
     """
@@ -141,15 +143,24 @@ def fingerprint(model: ExitModel) -> str | None:
     told: list[Any] = [torch.__version__, parts.names, parts.axes, parts.dtypes, parts.ranges, parts.mask]
     told += [model.classes, model.signals]
     for piece in pieces:
-        told += [piece.module.code, piece.enters, piece.leaves, piece.sizes]
-    try:
-        told += [_code(module) for head in model.heads for module in head.modules()]
-    except (OSError, TypeError):  # a class that was typed into a console has no source
-        return None
+        graphs = [module.code for module in piece.module.modules() if isinstance(module, fx.GraphModule)]
+        told += [graphs, piece.enters, piece.leaves, piece.sizes]
+    modules: list[Any] = [*(piece.module for piece in pieces), *model.heads]
+    for k, head in enumerate(model.heads):
+        if all(map(_is_known, head.modules())):
+            told += [_settings(module) for module in head.modules()]
+            continue
+        program = _program(model, k)  # its code, and tensors that are no parameters, may be anywhere
+        if program is None:
+            return None
+        code, rest = program
+        told.append(code)
+        modules.append(rest)
     digest.update(repr(told).encode())
     seen: set[int] = set()
-    for module in (*(piece.module for piece in pieces), *model.heads):
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    for module in modules:
+        named = module.items() if isinstance(module, dict) else (*module.named_parameters(), *module.named_buffers())
+        for name, tensor in named:
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {id(tensor) in seen}".encode())
             if id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -161,14 +172,45 @@ def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() if tensor.numel() else b""
 
 
-def _code(module: nn.Module) -> str:
-    """What a module computes, as far as its source, its settings and its parts say."""
-    kind = type(module)
-    code = getattr(module, "code", None)  # of a graph
-    known = kind.__module__.startswith(("torch.nn.", "torch.ao."))
-    source = code if isinstance(code, str) else "" if known else inspect.getsource(kind)
-    plain = {
-        key: value for key, value in sorted(vars(module).items())
-        if key != "training" and isinstance(value, bool | int | float | str | tuple | list | None)
-    }  # fmt: skip
-    return f"{kind.__module__}.{kind.__qualname__} {module.extra_repr()} {plain!r} {source}"
+#: What every module has; hooks change what it computes.
+INSIDE = frozenset(vars(nn.Module()))
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether the class and the settings say all of what a module computes: one of torch's or of ours."""
+    plain = all(_is_plain(value) for key, value in vars(module).items() if key not in INSIDE)
+    return (
+        type(module).__module__.startswith(("torch.nn.modules.", "offramp."))
+        and plain
+        and not any(getattr(module, name) for name in HOOKS)
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | None)
+
+
+def _settings(module: nn.Module) -> str:
+    settings = {key: value for key, value in sorted(vars(module).items()) if key not in INSIDE}
+    return f"{type(module).__module__}.{type(module).__qualname__} {settings!r}"
+
+
+def _program(model: ExitModel, k: int) -> tuple[str, dict[str, Tensor]] | None:
+    """(the code of head k's graph, every tensor in it by name); None when it cannot be exported."""
+    stages = model.stages()
+    carry: Any = stages.start(three_rows(model.example))
+    try:
+        with torch.no_grad(), eval_mode(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for before in range(k + 1):
+                tap, carry = stages.run(before, carry)
+            takes = getattr(model.heads[k], "takes_mask", False) and carry.mask is not None
+            given = (tap.clone(), carry.mask.clone()) if takes else (tap.clone(),)
+            program = torch.export.export(HeadUnit(model, k).eval(), given)
+    except Exception:  # of torch.export or of the head itself; who exports it says why
+        return None
+    tensors = {name: each for name, each in program.constants.items() if isinstance(each, Tensor)}
+    return program.graph_module.code, {**program.state_dict, **tensors}

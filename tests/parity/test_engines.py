@@ -10,7 +10,6 @@ from many_policies import COSTS, EXITS, NAMES, ROWS, near_rounding, policies
 from torch import nn
 
 import offramp
-from offramp.cache import kept_file
 from offramp.cost import TimedCosts
 from offramp.errors import MissingExtra, NotStageable, ShapeError, ValueRangeError
 
@@ -216,21 +215,3 @@ def test_stages_given_by_hand_run_in_eager_mode_alone():
     for name in ("compiled", "onnx", "onnx-file"):
         with pytest.raises(NotStageable, match="given by hand"):
             offramp.engine(made, name)
-
-
-def test_a_damaged_cache_is_made_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path / "kept"))
-    made = []
-
-    def make(path):
-        made.append(1)
-        path.write_bytes(b"whole")
-
-    path = kept_file("x.onnx", "key", make)
-    assert kept_file("x.onnx", "key", make) == path
-    assert len(made) == 1
-    path.write_bytes(b"who")
-    assert kept_file("x.onnx", "key", make).read_bytes() == b"whole"
-    assert len(made) == 2
-    assert "damaged" in capsys.readouterr().err
-    assert kept_file("x.onnx", "other", make) != path

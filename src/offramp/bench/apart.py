@@ -63,7 +63,7 @@ def bench_apart(
     """
     request = {
         "opener": dataclasses.asdict(opener), "plan": dataclasses.asdict(plan),
-        "pair": [pair.engine, pair.precision], "done": [list(each) for each in done],
+        "pair": [pair.engine, pair.precision], "own": own, "done": [list(each) for each in done],
     }  # fmt: skip
     facts = EngineFacts(pair.engine, pair.precision or own)
     words = [sys.executable, "-c", "from offramp.bench.apart import main; main()"]
@@ -115,7 +115,7 @@ def main() -> None:
         subject = Opener(**request["opener"])()
         bench_engine(subject, Plan(**request["plan"]), pair, {(name, size) for name, size in request["done"]}, tell)
     except OfframpError as error:
-        tell(EngineFacts(pair.engine, pair.precision or "", why=str(error)))
+        tell(EngineFacts(pair.engine, pair.precision or request["own"], why=str(error)))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 

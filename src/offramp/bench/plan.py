@@ -65,7 +65,7 @@ class Plan:
         batch_sizes: rows in a batch.
         policies: names in the subject, or families of `offramp.choices.CHOICES`, calibrated for each engine.
         fraction: what a family may spend, of the plain model's FLOPs.
-        thin: a family does without exits whose absence costs no right answer among the rows that it is calibrated on.
+        thin: a family does with fewer exits, as long as no fewer of the rows that it is calibrated on are right.
         rows: timed in one round, at least two batches where there are so many rows; 32 to 128 by `seconds` unless
             given.
         seconds: about so long for each cell, three rounds at the least.

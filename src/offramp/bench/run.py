@@ -119,7 +119,8 @@ class _Book:
             self.bench = replace(known, cells=(*known.cells, found))
         else:
             others = tuple(each for each in known.engines if each.name != found.name)
-            self.bench = replace(known, engines=(*others, found))
+            before = next((each for each in known.engines if each.name == found.name), None)
+            self.bench = replace(known, engines=(*others, found if before is None else found.beside(before)))
         if self.out is not None:
             write_json(self.out, self.bench.to_dict())
 
@@ -155,7 +156,8 @@ def _known(subject: Subject, plan: Plan, out: str | Path | None) -> Bench:
         "calls": plan.calls, "threads": count, "judged": len(subject.test),
         "fitted": 0 if subject.fit is None else len(subject.fit), "model": _mark(subject),
     }  # fmt: skip
-    empty = Bench(subject.title, machine, _versions(), settings)
+    named = {f"policy {name}": _short(repr(subject.named[name])) for name in plan.policies if name in subject.named}
+    empty = Bench(subject.title, machine, _versions(), settings | named)
     if out is None or not Path(out).exists():
         return empty
     try:
@@ -167,24 +169,29 @@ def _known(subject: Subject, plan: Plan, out: str | Path | None) -> Bench:
         ("versions", found.versions, empty.versions),
     ]
     pairs += [(name, found.settings.get(name), value) for name, value in settings.items()]
+    pairs += [(name, found.settings.get(name, value), value) for name, value in named.items()]  # others may join
     for name, before, now in pairs:
         if before != now:
             raise FormatError(
                 f"{out} holds a bench with another {name} ({before}; this one has {now}), and its cells would not "
                 "compare. Give another file, or remove it."
             )
-    return found
+    return replace(found, settings={**found.settings, **named})
 
 
 def _mark(subject: Subject) -> str:
-    """By which a model, its rows and its named policies are known again."""
+    """By which a model and its rows are known again."""
     digest = hashlib.sha256()
     for name, tensor in named_tensors(subject.model):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     told = [rows.fingerprint() for rows in (subject.test, subject.fit) if rows is not None]
-    digest.update(repr((told, sorted(subject.named.items(), key=lambda item: item[0]))).encode())
+    digest.update(repr(told).encode())
     return digest.hexdigest()[:16]
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _versions() -> dict[str, str]:

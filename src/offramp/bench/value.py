@@ -189,6 +189,15 @@ class EngineFacts:
         """The engine with its precision."""
         return f"{self.engine}:{self.precision}"
 
+    def beside(self, before: "EngineFacts") -> "EngineFacts":
+        """These facts and those of an earlier run, whose cells are kept: policies of both; where this one did not get
+        ready, what was known."""
+        if not self.thresholds:
+            return dataclasses.replace(before, why=self.why)
+        return dataclasses.replace(
+            self, thresholds={**before.thresholds, **self.thresholds}, foreign={**before.foreign, **self.foreign}
+        )
+
 
 @dataclass(frozen=True)
 class Instead:
@@ -243,16 +252,19 @@ class Bench:
         return Instead(what, found[what][0], cell.eager_speedup / able[what])
 
     def headline(self) -> str:
-        """The answer in one sentence."""
-        good = [cell for cell in self.cells if cell.lost.high >= 0]  # not worse than plain beyond noise
-        if not good:
-            return "Nothing was measured." if not self.cells else "Every policy is less accurate than the plain model."
-        best = max(good, key=lambda cell: cell.speedup)
-        if best.speedup <= 1:
-            return "Exits do not pay on any engine here."
+        """The answer in one sentence: the largest gain over the fastest thing without exits that is as right."""
+        if not self.cells:
+            return "Nothing was measured."
+        found = [(other.ratio, cell, other) for cell in self.cells if (other := self.instead(cell)) is not None]
+        if not found:
+            return "Nothing without exits is as right as the policies here."
+        ratio, cell, other = max(found, key=lambda each: each[0])
+        if ratio <= 1:
+            return "Exits do not pay here: for every policy something without exits is as right and as fast."
         return (
-            f"{best.policy} makes {best.name} {best.speedup:.2f} times as fast at batch {best.batch_size}: "
-            f"{100 * best.accuracy.value:.1f} % right, {100 * best.plain_accuracy.value:.1f} % without exits."
+            f"{cell.policy} on {cell.name} answers {ratio:.2f} times as many rows at batch {cell.batch_size} as "
+            f"{other.what}, the fastest thing without exits that is as right: {100 * cell.accuracy.value:.1f} % right, "
+            f"{100 * cell.plain_accuracy.value:.1f} % the plain model."
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -153,6 +153,10 @@ class Bundle:
         Args:
             name, budget: which policy.
             engine, precision, threads: as for `Runtime`.
+
+        Raises:
+            ValueRangeError: the bundle has no such policy, or the engine or precision is none.
+            NotStageable, MissingExtra: the engine cannot run this model, or not here.
         """
         name, policy = self.choose(name, budget=budget)
         found = None if name not in self.policies else self.policies[name].calibration

@@ -20,7 +20,7 @@ def profitable(make: Make, trace: ExitTrace, costs: CostModel, target: Budget) -
 
     An exit's price is its head, the policy's step and the regrouping, for every row that gets there. It pays when
     switching it off, so that the rows that left there leave at the next exit instead, takes more time. Those rows then
-    go deeper, so nothing is lost by switching off an exit that does not pay. Where even that is slower than the model
+    go deeper, and thresholds are found anew for the exits that are left. Where even that is slower than the model
     without exits, the plain model is the answer.
 
     Args:

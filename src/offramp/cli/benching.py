@@ -40,7 +40,7 @@ def bench(
     ] = "max-prob,beem-a",
     fraction: Annotated[float, typer.Option(help="What a family may spend, of the plain model's counted cost.")] = 0.5,
     thin: Annotated[
-        bool, typer.Option("--thin", help="Let families do with fewer exits, where that loses nothing.")
+        bool, typer.Option("--thin", help="Let families do with fewer exits where no fewer calibration rows are right.")
     ] = False,
     rows: Annotated[
         int | None,

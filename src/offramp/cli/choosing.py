@@ -65,7 +65,8 @@ def calibrate(
     certify: CertifyOption = None,
     prefer: PreferOption = None,
     thin: Annotated[
-        bool, typer.Option("--thin", help="With a budget: do with fewer exits where no calibration row is lost by it.")
+        bool,
+        typer.Option("--thin", help="With a budget: do with fewer exits where no fewer calibration rows are right."),
     ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Write the nearest policy where none meets the target.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from offramp.errors import ValueRangeError
+from offramp.errors import ValueRangeError, first_line
 
 if TYPE_CHECKING:
     from offramp.calibrate import Calibration
@@ -291,7 +291,7 @@ def device_of(device: str) -> Any:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise ValueRangeError(
-            f"the device {device!r} cannot be used: {str(error).splitlines()[0]} Use --device cpu."
+            f"the device {device!r} cannot be used: {first_line(error, 120).rstrip('.')}. Use --device cpu."
         ) from None
     return place
 

@@ -73,6 +73,7 @@ def record(
     device: DeviceOption = "auto",
     engine: EngineOption = "eager",
     precision: PrecisionOption = None,
+    threads: ThreadsOption = None,
     json_out: JsonOption = False,
 ) -> None:
     """Record what every exit says about every row of a split; calibrate and compare work on that."""
@@ -85,8 +86,8 @@ def record(
     from offramp.engines import engine as engine_of
     from offramp.record import record as run_record
 
-    own = engine == "eager" and precision is None
-    runs = None if own else engine_of(model, engine, precision=precision)
+    own = engine == "eager" and precision is None and threads is None
+    runs = None if own else engine_of(model, engine, precision=precision, threads=threads)
     names = tuple(dict.fromkeys(work.splits[1:])) if split is None else (split_name(work, split),)
     written = []
     for name in names:

@@ -10,18 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from offramp.errors import ShapeError, ValueRangeError
+from offramp.errors import NotStageable, ShapeError, ValueRangeError
 from offramp.inputs import Inputs, tensors_of
 from offramp.model import ExitModel
 from offramp.policies.base import Evidence, Policy, State, Step, check_exits, check_signals, visits
 from offramp.prediction import Prediction
 from offramp.stages import Carry
-from offramp.units import precision_of
+from offramp.units import fingerprint, precision_of
 
 #: What keeps threads from taking the cores from others; OpenMP reads it when it is loaded.
 BESIDE = " (beside other work, set OMP_WAIT_POLICY=PASSIVE before Python starts)"
 
-__all__ = ["Bound", "Engine", "Staged", "Visit", "WholeRun"]
+__all__ = ["Bound", "Engine", "Frozen", "Staged", "Visit", "WholeRun"]
 
 
 class Visit(NamedTuple):
@@ -55,7 +55,7 @@ class WholeRun(Protocol):
 
 class Engine(ABC):
     """How the stages of one model run, whatever the policy. It holds the model's weights as they were when it was made,
-    except for "eager", which sees changes.
+    except for "eager", which sees changes. Making one leaves the model in eval mode.
 
     Attributes:
         name: what it is called.
@@ -145,6 +145,26 @@ class Engine(ABC):
     def about(self) -> dict[str, Any]:
         """What a reader should know: name, precision, threads."""
         return {"engine": self.name, "precision": self.precision, "threads": self.threads or torch.get_num_threads()}
+
+
+class Frozen(Engine):
+    """An engine that keeps the weights that the model had when it was made."""
+
+    def __init__(self, model: ExitModel, precision: str | None = None, threads: int | None = None) -> None:
+        super().__init__(model, precision, threads)
+        self._key = fingerprint(model)
+
+    def _same(self) -> None:
+        """Nothing, when the model is what it was when the engine was made: what is made later must fit what is there.
+
+        Raises:
+            NotStageable: its weights or its heads were changed.
+        """
+        if fingerprint(self.model) != self._key:
+            raise NotStageable(
+                f"the model was changed after the engine {self.name} was made, which keeps the weights of then. "
+                "Make the engine, or the Runtime, again."
+            )
 
 
 class Staged(Engine):

@@ -35,7 +35,7 @@ def engine(
         MissingExtra: its package is not installed.
         NotStageable: the model has no graph that the engine can take.
     """
-    if name not in HOMES:
+    if not isinstance(name, str) or name not in HOMES:
         raise ValueRangeError(f"engine is {name!r}; expected one of {', '.join(ENGINES)}.")
     module, kind = HOMES[name].split(".")
     made: Engine = getattr(import_module(f"offramp.engines.{module}"), kind)(model, precision, threads)

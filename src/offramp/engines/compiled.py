@@ -18,20 +18,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from offramp.cache import kept_file
-from offramp.engines.base import Staged
+from offramp.engines.base import Frozen, Staged
 from offramp.engines.lower import lowered
-from offramp.errors import MissingExtra, NotStageable
+from offramp.errors import MissingExtra, NotStageable, ShapeError, ValueRangeError, first_line
 from offramp.graph import three_rows
 from offramp.inputs import Inputs, names_of, tensors_of
 from offramp.machine import processor
 from offramp.model import ExitModel
 from offramp.stages import Carry, stages_of_parts
-from offramp.units import HeadUnit, UncutUnit, dims_of, fingerprint, parts_of, precision_of, shapes_of
+from offramp.units import HeadUnit, UncutUnit, dims_of, parts_of, precision_of, shapes_of
 
 __all__ = ["Compiled"]
 
 
-class Compiled(Staged):
+class Compiled(Frozen, Staged):
     """Stages and heads as machine code: compiled once with a dynamic batch and dynamic lengths, so that no batch size
     compiles anything again, and kept in the cache for the next process. The policy's steps are torch's.
 
@@ -56,7 +56,7 @@ class Compiled(Staged):
             torch.set_num_threads(threads)
         self._autocast = self.precision == "bf16" != precision_of(model)
         self._kind = tensors_of(model.example)[0].device.type
-        self._parts, self._key = parts_of(model), fingerprint(model)
+        self._parts = parts_of(model)
         if self._autocast:
             self._parts = lowered(self._parts)
         self._stages = stages_of_parts(self._parts)
@@ -99,21 +99,24 @@ class Compiled(Staged):
 
     def _compiled(self, unit: nn.Module, values: Sequence[Any], shapes: Sequence[Any], name: str) -> Any:
         """What computes a unit, from the cache where it was compiled before."""
-        given = tuple(value.detach().clone() for value in values)  # one tensor twice would become one input
+        # one tensor twice would become one input; and the code counts on dense rows, as `run` gives them
+        given = tuple(value.detach().clone(memory_format=torch.contiguous_format) for value in values)
 
         def make(path: Path) -> None:
             _compile(_Lowered(unit, self._kind).eval() if self._autocast else unit.eval(), given, shapes, path, name)
 
         device = given[0].device
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-        key = f"aoti {kind} {platform.machine()} {self.precision} {self._key}"
+        # inductor writes the number of threads into its loops
+        key = f"aoti {kind} {platform.machine()} {torch.get_num_threads()} {self.precision} {self._key}"
         load = import_module("torch._inductor").aoti_load_package  # which takes a second to import
-        if self._key is None:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / f"{name}.pt2"
-                make(path)
-                return load(str(path))
-        return load(str(kept_file(f"{name}.pt2", key, make)))
+        if self._key is not None:
+            with contextlib.suppress(OSError):  # a full or read-only disk costs time, no more
+                return load(str(kept_file(f"{name}.pt2", key, make)))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{name}.pt2"
+            make(path)
+            return load(str(path))
 
     def _precise(self) -> Any:
         if not self._autocast:
@@ -122,11 +125,19 @@ class Compiled(Staged):
 
     def start(self, inputs: Inputs) -> Carry:
         """The carry into the first stage."""
+        for tensor in tensors_of(inputs):
+            if tensor.device.type != self._kind:  # the code reads memory without asking whose it is
+                raise ShapeError(f"an input is on {tensor.device}; the model was compiled on {self._kind}. Move it.")
         return self._stages.start(inputs)
 
     def run(self, k: int, carry: Carry) -> tuple[Tensor, Carry | None]:
         """Stage k: the tap and what goes on; the logits and None behind the last."""
-        out = self._calls[k](*carry.values)
+        try:
+            out = self._calls[k](*[value.contiguous() for value in carry.values])
+        except RuntimeError as error:
+            if "out of bounds" not in str(error):
+                raise
+            raise ValueRangeError(f"an input has numbers beyond a table's size: {first_line(error)}.") from error
         if k == len(self._calls) - 1:
             return out[0], None
         return out[0], self._stages.after(k, carry, tuple(out[1:]))
@@ -134,20 +145,22 @@ class Compiled(Staged):
     def head(self, k: int, tap: Tensor, carry: Carry, signals: bool) -> tuple[Tensor, Tensor | None]:
         """Exit k's logits and signals; one piece of code computes both."""
         call, takes = self._heads[k]
-        out = call(tap, carry.mask) if takes else call(tap)
+        tap = tap.contiguous()
+        out = call(tap, carry.mask.contiguous()) if takes else call(tap)  # type: ignore[union-attr]
         return out[0], out[1] if len(out) > 1 else None
 
     def whole(self, inputs: Inputs) -> Float[Tensor, "batch cls"]:
         """The network's own logits, compiled as one piece when this is first asked for."""
         parts = self._parts
         if self._uncut is None:
+            self._same()
             example = three_rows(self.model.example)
             named = dict(zip(names_of(example), tensors_of(example), strict=True))
             given = tuple(named[live.name] for live in parts.uncut.enters)
             shapes = shapes_of(parts.uncut.enters, dims_of(parts))
             self._uncut = self._compiled(UncutUnit(parts.uncut, parts), given, shapes, "whole")
         values = dict(zip(self._names, self.start(inputs).values, strict=True))
-        return self._uncut(*(values[live.name] for live in parts.uncut.enters))[0]
+        return self._uncut(*(values[live.name].contiguous() for live in parts.uncut.enters))[0]
 
 
 class _Lowered(nn.Module):
@@ -173,9 +186,8 @@ def _compile(unit: nn.Module, given: tuple[Tensor, ...], shapes: Sequence[Any], 
             if target != path:
                 target.replace(path)
     except Exception as error:  # the compiler raises many kinds
-        told = str(error).strip().splitlines() or [type(error).__name__]
         raise NotStageable(
-            f"{name} cannot be compiled: {told[0][:300]}. A C++ compiler is needed (g++ or clang); "
+            f"{name} cannot be compiled: {first_line(error, 300)}. A C++ compiler is needed (g++ or clang); "
             "the engine eager needs none."
         ) from error
 

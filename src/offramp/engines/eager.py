@@ -23,8 +23,8 @@ NOTHING: Any = contextlib.nullcontext()
 class Eager(Staged):
     """torch as it is: no compilation, any device, and changes of the model's weights are seen at once.
 
-    With precision "bf16" on a model in fp32, products run in bf16 under autocast, with weights that are cast once;
-    normalisations and the policy's steps stay in fp32.
+    With precision "bf16" on a model in fp32, products run in bf16 under autocast, with weights that are cast when they
+    were changed and no sooner; normalisations and the policy's steps stay in fp32.
     """
 
     name: ClassVar[str] = "eager"
@@ -38,8 +38,9 @@ class Eager(Staged):
         self._kind = tensors_of(model.example)[0].device.type
         if threads is not None:
             torch.set_num_threads(threads)
-        self._lowered: Stages | None = stages_of_parts(lowered(parts_of(model))) if self._autocast else None
-        self._stages = self._lowered or model.stages()
+        self._versions: tuple[int, ...] = ()
+        self._stages: Stages = model.stages()
+        self._cut()
         # several heads average over the same tokens
         self._shares = any(isinstance(head, Head) and head.takes_mask for head in model.heads)
 
@@ -48,9 +49,18 @@ class Eager(Staged):
 
     def start(self, inputs: Inputs) -> Carry:
         """The carry into the first stage; the model is cut again here when it was changed."""
-        if self._lowered is None:
-            self._stages = self.model.stages()
-        return self._stages.start(inputs)
+        return self._cut().start(inputs)
+
+    def _cut(self) -> Stages:
+        """The stages of the model as it is now."""
+        stages = self.model.stages()
+        if not self._autocast:
+            self._stages = stages
+            return stages
+        now = (id(stages), *(0 if p.is_inference() else p._version for p in self.model.parameters()))
+        if now != self._versions:
+            self._stages, self._versions = stages_of_parts(lowered(parts_of(self.model))), now
+        return self._stages
 
     def run(self, k: int, carry: Carry) -> tuple[Tensor, Carry | None]:
         """Stage k: the tap and what goes on; the logits and None behind the last."""
@@ -71,4 +81,4 @@ class Eager(Staged):
     def whole(self, inputs: Inputs) -> Float[Tensor, "batch cls"]:
         """The network's own logits, from the same graph, not cut."""
         with self._precise():
-            return self._stages.whole(inputs).float()
+            return self._cut().whole(inputs).float()

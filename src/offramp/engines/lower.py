@@ -54,7 +54,10 @@ def _lowered(piece: Piece, done: dict[int, Tensor]) -> Piece:
 def _only_weight(node: fx.Node, user: fx.Node) -> bool:
     """Whether the user reads the node as a weight of a product, and nowhere else."""
     places = PRODUCTS.get(user.target, ())  # type: ignore[call-overload]
-    return all(arg is not node or i in places for i, arg in enumerate(user.args)) and node not in user.kwargs.values()
+    elsewhere = [arg for i, arg in enumerate(user.args) if i not in places]
+    found: list[fx.Node] = []
+    fx.node.map_arg((elsewhere, user.kwargs), found.append)
+    return bool(places) and node not in found
 
 
 def _found(module: nn.Module, name: str) -> Tensor:

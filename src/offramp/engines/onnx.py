@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from offramp.engines.base import Engine, Visit
-from offramp.errors import NotStageable
+from offramp.engines.base import Frozen, Visit
+from offramp.errors import NotStageable, first_line
 from offramp.inputs import Inputs
 from offramp.model import ExitModel
 from offramp.onnx.assemble import VisitGraph, cascade_of, parted, visits_of
 from offramp.onnx.graphs import StageGraph, export_stages, export_steps, export_whole
-from offramp.onnx.session import OnnxFile, about_options, session_options, with_runtime
+from offramp.onnx.session import OnnxFile, about_options, cannot_answer, session_options, with_runtime
 from offramp.policies.base import Policy, State, Step
 from offramp.prediction import Prediction
 from offramp.stages import Carry
@@ -23,7 +23,7 @@ from offramp.units import parts_of
 __all__ = ["OnnxFileEngine", "OnnxStages"]
 
 
-class OnnxStages(Engine):
+class OnnxStages(Frozen):
     """onnxruntime with one session for each visited exit: stages, head and the policy's step are in its graph, and
     rows are regrouped between sessions.
 
@@ -40,11 +40,11 @@ class OnnxStages(Engine):
         self._graphs: tuple[StageGraph, ...] | None = None
         self._stages = model.stages()
         parts = parts_of(model)
-        self._dtypes = dict(zip(parts.names, parts.dtypes, strict=True))
         self._names = [live.name for live in parts.pieces[0].enters]
         self._uncut = parts.uncut.enters
         self._whole: _Run | None = None
         self._says: list[_Run] = []
+        self._alone: dict[tuple[str, Policy | None], _Run] = {}  # what `parts` times
 
     @classmethod
     def fits(cls, model: ExitModel) -> tuple[str, ...]:
@@ -62,6 +62,7 @@ class OnnxStages(Engine):
     def graphs(self, progress: Callable[[], None] | None = None) -> tuple[StageGraph, ...]:
         """The graphs of the stages with their heads, in this precision; `progress` is called after every one."""
         if self._graphs is None:
+            self._same()
             self._graphs = export_stages(self.model, progress)
             if self.precision != "fp32":
                 from offramp.onnx.quantize import quantized
@@ -79,16 +80,13 @@ class OnnxStages(Engine):
         return _Run(proto, self.threads)
 
     def start(self, inputs: Inputs) -> Carry:
-        """The carry into the first stage, in the types that the graphs take."""
-        if isinstance(inputs, Tensor):
-            cast: Inputs = inputs.to(next(iter(self._dtypes.values())))
-        else:
-            cast = {name: each.to(self._dtypes.get(name, each.dtype)) for name, each in inputs.items()}
-        return self._stages.start(cast)
+        """The carry into the first stage."""
+        return self._stages.start(inputs)
 
     def whole(self, inputs: Inputs) -> Float[Tensor, "batch cls"]:
         """The network's own logits, in one session of the same precision."""
         if self._whole is None:
+            self._same()
             proto = export_whole(self.model)
             if self.precision != "fp32":
                 from offramp.onnx.quantize import quantized_proto
@@ -96,14 +94,14 @@ class OnnxStages(Engine):
                 proto = quantized_proto(proto, self.precision)
             self._whole = self.session(proto)
         values = dict(zip(self._names, self.start(inputs).values, strict=True))
-        feeds = {name: values[live.name].numpy() for name, live in zip(self._whole.inputs, self._uncut, strict=True)}
+        feeds = {name: _array(values[live.name]) for name, live in zip(self._whole.inputs, self._uncut, strict=True)}
         return torch.from_numpy(self._whole(feeds)[0])
 
     def says(self, inputs: Inputs) -> tuple[Float[Tensor, "exit batch cls"], Float[Tensor, "exit batch sig"] | None]:
         """(the logits of every exit, their signals or None)."""
         if not self._says:
             self._says = [self.session(graph.proto) for graph in self.graphs()]
-        values = [value.numpy() for value in self.start(inputs).values]
+        values = [_array(value) for value in self.start(inputs).values]
         logits, signals = [], []
         for graph, run in zip(self.graphs(), self._says, strict=True):
             out = run(dict(zip(run.inputs, values, strict=True)))
@@ -118,7 +116,7 @@ class OnnxStages(Engine):
         """What `measure` times; stages, heads and steps are sessions of their own here."""
         self.check(policy)
         found: dict[str, Callable[[], object]] = {"whole": lambda: self.whole(inputs)}
-        values: list[Any] = [value.numpy() for value in self.start(inputs).values]
+        values: list[Any] = [_array(value) for value in self.start(inputs).values]
         steps = {step.k: step for step in export_steps(self.model, policy)}
         state: list[Any] = []
         for graph in self.graphs():
@@ -130,13 +128,17 @@ class OnnxStages(Engine):
             said = self._timed(found, f"head {graph.k}", head, [border[i.name] for i in head.graph.input])
             if graph.k in steps:
                 step = steps[graph.k]
-                told = self._timed(found, f"step {graph.k}", step.proto, [*said[: 1 + step.signals], *state])
+                given = [*said[: 1 + step.signals], *state]
+                told = self._timed(found, f"step {graph.k}", step.proto, given, policy)
                 state = told[2:]
         return found
 
-    def _timed(self, found: dict[str, Callable[[], object]], name: str, proto: Any, values: Sequence[Any]) -> list[Any]:
-        """What a graph gives; its call is among what is timed."""
-        run = self.session(proto)
+    def _timed(
+        self, found: dict[str, Callable[[], object]], name: str, proto: Any, values: Sequence[Any],
+        policy: Policy | None = None,
+    ) -> list[Any]:  # fmt: skip
+        """What a graph gives; its call is among what is timed. Sessions serve all batch sizes."""
+        run = self._alone.get((name, policy)) or self._alone.setdefault((name, policy), self.session(proto))
         feeds = dict(zip(run.inputs, values, strict=True))
         found[name] = lambda: run(feeds)
         return run(feeds)
@@ -163,13 +165,16 @@ class _Run:
                 proto.SerializeToString(), session_options(threads), providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's own kinds
-            raise NotStageable(f"onnxruntime cannot run a stage: {str(error).splitlines()[0]}") from None
+            raise NotStageable(f"onnxruntime cannot run a stage: {first_line(error)}") from error
         self.inputs = tuple(i.name for i in self._session.get_inputs())
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._call = self._session.run
 
     def __call__(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        return self._call(self._outputs, feeds)
+        try:
+            return self._call(self._outputs, feeds)
+        except Exception as error:  # onnxruntime's own kinds
+            raise cannot_answer(error) from error
 
 
 class _BoundVisits:
@@ -182,10 +187,10 @@ class _BoundVisits:
     def visit(self, place: int, carry: Carry, state: State | None) -> Visit:
         """One session: stages up to a visited exit, head and step."""
         graph, values = self._graphs[place], carry.values
-        given = [value.numpy() for value in (*values, *(state or ()))]
+        given = [_array(value) for value in (*values, *(state or ()))]
         out = self._runs[place](dict(zip(graph.inputs, given, strict=True)))
         told = [torch.from_numpy(value) for value in out]
-        if not graph.passed and place == len(self._graphs) - 1:
+        if place == len(self._graphs) - 1:
             score, answer = told
             return Visit(Step(torch.ones_like(score, dtype=torch.bool), score, answer, ()), None)
         (stop, score, answer), rest = told[:3], told[3:]
@@ -204,6 +209,10 @@ class _BoundFile:
     def predict(self, inputs: Inputs) -> Prediction:
         """The answers in the order of the rows."""
         return self._run(inputs)
+
+
+def _array(value: Tensor) -> np.ndarray:
+    return value.detach().numpy()
 
 
 def _out_names(proto: Any) -> list[str]:

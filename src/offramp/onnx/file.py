@@ -61,12 +61,10 @@ def export(
     """
     name, chosen = _chosen(bundle, policy, budget)
     choice = bundle.policies.get(name)
-    calibrated = "fp32" if choice is None or choice.calibration is None else choice.calibration.precision
+    found = None if choice is None else choice.calibration
     sessions = engine_of(bundle.model, "onnx", precision=precision)
     stages = sessions.graphs(progress)  # type: ignore[attr-defined]
     proto = cascade_of(bundle.model, chosen, stages=stages)
-    choice = bundle.policies.get(name)
-    found = None if choice is None else choice.calibration
     describe(
         proto,
         {
@@ -80,7 +78,7 @@ def export(
             "tested": {} if choice is None else dict(choice.tested),
         },
     )
-    _verify(proto, Runtime(bundle.model, chosen, sessions, calibrated=calibrated))
+    _verify(proto, Runtime(bundle.model, chosen, sessions, calibrated=None if found is None else found.precision))
     return save(proto, path)
 
 
@@ -112,6 +110,9 @@ def export_stages_to(
     name, chosen = _chosen(bundle, policy, budget)
     stages = engine_of(bundle.model, "onnx", precision=precision).graphs(progress)  # type: ignore[attr-defined]
     visits, told = visits_of(bundle.model, chosen, stages), []
+    (folder / STAGES).unlink(missing_ok=True)  # until the end nothing says that the files are whole
+    for old in folder.glob("visit-*.onnx*"):
+        old.unlink()
     enters = stages[0].enters
     for place, visit in enumerate(visits):
         path = folder / f"visit-{place}.onnx"

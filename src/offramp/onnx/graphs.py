@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 
 from offramp.cache import kept_file
 from offramp.cut import Live, Piece
-from offramp.errors import MissingExtra, NotStageable
+from offramp.errors import MissingExtra, NotStageable, first_line
 from offramp.graph import three_rows
 from offramp.inputs import names_of, tensors_of
 from offramp.model import ExitModel
-from offramp.policies import dumps
-from offramp.policies.base import Evidence, Policy, visits
+from offramp.policies import FAMILIES, dumps
+from offramp.policies.base import Evidence, Policy, at_exit, visits
 from offramp.units import StageUnit, UncutUnit, dims_of, fingerprint, parts_of, shapes_of
 
 if TYPE_CHECKING:
@@ -160,7 +161,8 @@ def _kept(make: Callable[[], "ModelProto"], key: str | None, name: str) -> "Mode
         path.write_bytes(made[0].SerializeToString())
 
     try:
-        path = kept_file(name, f"{OPSET} {onnx.__version__} {key}", write)
+        with_what = f"{OPSET} {torch.__version__} {onnx.__version__} {version('onnxscript')}"
+        path = kept_file(name, f"{with_what} {key}", write)
     except (OSError, _TooLarge):  # a full or read-only disk costs time, no more
         return made[0] if made else make()
     return made[0] if made else onnx.load(str(path))
@@ -174,7 +176,7 @@ def export_steps(model: ExitModel, policy: Policy) -> tuple[StepGraph, ...]:
     """The graphs of a policy's steps at the exits that it visits.
 
     Raises:
-        NotStageable: a step has no ONNX operators.
+        NotStageable: a step has no ONNX operators, or stops otherwise than by `score >= thresholds`.
     """
     with_onnx()
     from torch.export import Dim
@@ -185,7 +187,10 @@ def export_steps(model: ExitModel, policy: Policy) -> tuple[StepGraph, ...]:
     signals = torch.rand(3, len(model.signals), generator=generator) if columns else None
     batch, state = Dim("batch", min=1, max=2**31), ()
     found: list[StepGraph] = []
-    key = f"{dumps(policy)} {model.exits} {model.classes} {model.signals}"
+    ours = FAMILIES.get(type(policy).__name__) is type(policy)  # another one's code is not known
+    key = f"{dumps(policy)} {model.exits} {model.classes} {model.signals}" if ours else None
+    if not ours:
+        _check_stops(policy, model.exits, model.classes, len(columns))
     for k in visits(policy, model.exits):
         last = k == model.exits - 1
         module = _Step(policy, k, columns, not found, last)
@@ -199,6 +204,24 @@ def export_steps(model: ExitModel, policy: Policy) -> tuple[StepGraph, ...]:
             state = tuple(part.clone() for part in module(*given)[2:])  # one tensor twice would become one input
         found.append(StepGraph(k, _kept(make, key, f"step-{k}.onnx"), len(state), signals is not None and not last))
     return tuple(found)
+
+
+def _check_stops(policy: Policy, exits: int, classes: int, signals: int) -> None:
+    """Nothing, when a policy that is none of ours stops where its score is at least its threshold: that is what a graph
+    does, whose thresholds can be given anew."""
+    thresholds = getattr(policy, "thresholds", None)
+    generator = torch.Generator().manual_seed(0)
+    state: Any = None
+    for k in visits(policy, exits)[:-1]:
+        logits = 3 * torch.randn(256, classes, generator=generator)
+        seen = Evidence(logits, torch.rand(256, signals, generator=generator) if signals else None)
+        step = policy.step(k, seen, policy.init(seen) if state is None else state)
+        state = step.state
+        if thresholds is None or not torch.equal(step.stop, step.score >= at_exit(thresholds, k)):
+            raise NotStageable(
+                f"{type(policy).__name__} does not stop where its score is at least its threshold at exit {k}, which "
+                "is what a graph does. Give it `thresholds`, and a score that says so; or use the engine eager."
+            )
 
 
 def with_onnx() -> Any:
@@ -223,8 +246,7 @@ def _exported(module: nn.Module, given: Sequence[Any], shapes: Sequence[Any], wh
                 verbose=False,
             )  # fmt: skip
     except Exception as error:  # the exporter raises many kinds
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise NotStageable(f"{what} cannot be written as ONNX: {told[0][:300]}") from error
+        raise NotStageable(f"{what} cannot be written as ONNX: {first_line(error, 300)}") from error
     return program.model_proto
 
 

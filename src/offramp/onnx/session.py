@@ -6,12 +6,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from offramp.errors import FormatError, MissingExtra, ShapeError
+from offramp.errors import FormatError, MissingExtra, ShapeError, ValueRangeError, first_line
 from offramp.inputs import Inputs, batch_size, names_of, tensors_of
 from offramp.onnx.about import parse_about
 from offramp.prediction import Prediction, check_finite, no_rows
 
-__all__ = ["OnnxFile", "about_options", "session_options", "with_runtime"]
+__all__ = ["OnnxFile", "about_options", "cannot_answer", "session_options", "with_runtime"]
+
+
+#: The types of a file's inputs.
+KINDS = {
+    "tensor(float)": torch.float32, "tensor(double)": torch.float64, "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64, "tensor(int32)": torch.int32, "tensor(int16)": torch.int16,
+    "tensor(int8)": torch.int8, "tensor(uint8)": torch.uint8, "tensor(bool)": torch.bool,
+}  # fmt: skip
 
 
 class OnnxFile:
@@ -38,7 +46,7 @@ class OnnxFile:
                 path if isinstance(path, bytes) else name, session_options(threads), providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's own kinds
-            raise FormatError(f"onnxruntime cannot read {name}: {str(error).splitlines()[0]}") from None
+            raise FormatError(f"onnxruntime cannot read {name}: {first_line(error)}") from error
         self.about = parse_about(self._session.get_modelmeta().custom_metadata_map, name)
         self.labels: tuple[str, ...] = tuple(self.about.get("labels", ()))
         self.exits: int = self.about["exits"]
@@ -54,14 +62,18 @@ class OnnxFile:
 
         Raises:
             ShapeError: a name, a shape or a length differs from what was exported.
-            ValueRangeError: an answer is NaN or infinite.
+            ValueRangeError: an answer is NaN or infinite, or an input has values that the network does not take.
         """
         if batch_size(inputs) == 0:
             return no_rows(int(self.about["classes"]))
         feeds = self._feeds(inputs)
         if thresholds is not None:
             feeds["thresholds"] = self._thresholds(thresholds)
-        label, probabilities, exit_, score = map(torch.from_numpy, self._session.run(None, feeds))
+        try:
+            out = self._session.run(None, feeds)
+        except Exception as error:  # onnxruntime's own kinds
+            raise cannot_answer(error) from error
+        label, probabilities, exit_, score = map(torch.from_numpy, out)
         check_finite(probabilities)
         return Prediction(label, probabilities, exit_, score)
 
@@ -84,7 +96,14 @@ class OnnxFile:
             if word in known and not least <= known[word] <= (most or known[word]):
                 limit = "" if most is None else f", {most} at most"
                 raise ShapeError(f"An input is {known[word]} long; the file takes {least} or more{limit}.")
-        return {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in tensors.items()}
+        return {name: self._array(name, tensor) for name, tensor in tensors.items()}
+
+    def _array(self, name: str, tensor: torch.Tensor) -> np.ndarray:
+        """The tensor in the type that the file takes; whole numbers may come in any width."""
+        wanted, got = KINDS[self._kinds[name].type], tensor.dtype
+        if got is not wanted and any(kind.is_floating_point or kind.is_complex for kind in (wanted, got)):
+            raise ShapeError(f"Input {name!r} is {got}; the file was exported for {wanted}. Cast the input.")
+        return tensor.detach().to("cpu", wanted).contiguous().numpy()
 
     def _thresholds(self, given: Any) -> np.ndarray:
         found = np.asarray(given, dtype=np.float32)
@@ -105,6 +124,14 @@ def with_runtime() -> Any:
     except ImportError:
         raise MissingExtra("running an ONNX file needs onnxruntime: pip install 'offramp[onnx]'.") from None
     return onnxruntime
+
+
+def cannot_answer(error: Exception) -> ValueRangeError:
+    """What onnxruntime says of inputs whose shapes are right."""
+    return ValueRangeError(
+        f"onnxruntime cannot answer these inputs: {first_line(error)}. Look for token ids that are not below the "
+        "vocabulary's size."
+    )
 
 
 def session_options(threads: int | None = None) -> Any:
