@@ -28,10 +28,10 @@ class Prediction:
     score: Float[Tensor, "batch"]
 
 
-def no_rows(classes: int) -> Prediction:
+def no_rows(classes: int, device: torch.device | None = None) -> Prediction:
     """The answers of a batch without rows."""
-    empty = torch.zeros(0, classes)
-    return Prediction(empty.argmax(-1), empty, torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    empty = torch.zeros(0, classes, device=device)
+    return Prediction(empty.argmax(-1), empty, empty.new_zeros(0, dtype=torch.int64), empty.new_zeros(0))
 
 
 def check_finite(answer: Float[Tensor, "batch cls"]) -> None:

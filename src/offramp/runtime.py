@@ -10,7 +10,7 @@ from offramp.engines.base import Bound, Engine
 from offramp.engines.choose import engine as engine_of
 from offramp.errors import ShapeError, ValueRangeError, first_line
 from offramp.graph import eval_mode
-from offramp.inputs import Inputs, batch_size
+from offramp.inputs import Inputs, batch_size, tensors_of
 from offramp.model import ExitModel
 from offramp.policies.base import Policy, State, visits
 from offramp.prediction import Prediction, no_rows
@@ -120,7 +120,7 @@ class Runtime:
     def _run(self, inputs: Inputs) -> Prediction:
         batch = batch_size(inputs)
         if batch == 0:
-            return no_rows(self.model.classes)
+            return no_rows(self.model.classes, tensors_of(inputs)[0].device)
         if hasattr(self._bound, "predict"):
             return self._bound.predict(inputs)
         bound: Bound = self._bound

@@ -40,7 +40,7 @@ def export(
         raise usage(f"OUT is {str(out)!r}; expected a name that ends in .onnx.")
     check_out(out)
     opened = open_target(target, data, "cpu")
-    name, chosen = picked(opened, policy, fraction, None, 1)
+    chosen = picked(opened, policy, fraction, None, 1)
     from offramp.meter import Meter
     from offramp.onnx import export as write
     from offramp.onnx import read_about
@@ -48,14 +48,14 @@ def export(
     began = time.perf_counter()
     with Meter("stages", opened.bundle.model.exits, show=not is_quiet()) as meter:
         path = write(
-            opened.bundle, out, policy=name if name in opened.bundle.names else chosen, precision=precision,
+            opened.bundle, out, policy=chosen.name if chosen.inside else chosen.policy, precision=precision,
             progress=meter.advance,
         )  # fmt: skip
     about = read_about(path)
     value: dict[str, Any] = {
         "out": str(path),
         "bytes": path.stat().st_size,
-        "policy": name,
+        "policy": chosen.name,
         "exits": about["exits"],
         "visited": about["visited"],
         "opset": about["opset"],
@@ -63,7 +63,7 @@ def export(
     }
     lines = [
         f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB, opset {about['opset']}) in {value['seconds']:.0f} s",
-        f"policy {name}: {type(chosen).__name__}, visits exits {', '.join(map(str, about['visited']))}; "
+        f"policy {chosen.name}: {type(chosen.policy).__name__}, visits exits {', '.join(map(str, about['visited']))}; "
         "three rows left where the model lets them leave",
     ]
     if (costs := about.get("costs")) is not None:
@@ -83,18 +83,18 @@ def _stages(
     """Nothing; a file for each visited exit is in the folder."""
     check_out(out, folder=True)
     opened = open_target(target, data, "cpu")
-    name, chosen = picked(opened, policy, fraction, None, 1)
+    chosen = picked(opened, policy, fraction, None, 1)
     from offramp.meter import Meter
     from offramp.onnx import export_stages_to
 
     with Meter("stages", opened.bundle.model.exits, show=not is_quiet()) as meter:
         folder = export_stages_to(
-            opened.bundle, out, policy=name if name in opened.bundle.names else chosen, precision=precision,
+            opened.bundle, out, policy=chosen.name if chosen.inside else chosen.policy, precision=precision,
             progress=meter.advance,
         )  # fmt: skip
     files = sorted(path.name for path in folder.glob("visit-*.onnx"))
     result(
-        {"out": str(folder), "policy": name, "files": files},
+        {"out": str(folder), "policy": chosen.name, "files": files},
         [f"wrote {len(files)} files and stages.json to {folder}"],
         json_out,
     )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from offramp.cli.options import device_of, open_run, read_policy, usage
 from offramp.cli.show import note
@@ -10,13 +10,14 @@ from offramp.errors import FormatError
 
 if TYPE_CHECKING:
     from offramp.bundle import Bundle, Choice
+    from offramp.calibrate import Calibration
     from offramp.jobs import Job
     from offramp.policies import Policy
     from offramp.runtime import Runtime
     from offramp.trace import ExitTrace
 
 __all__ = [
-    "Opened", "choice_of", "choices_of", "chosen", "fit_trace", "is_bundle", "open_target", "picked",
+    "Opened", "Picked", "choice_of", "choices_of", "chosen", "fit_trace", "is_bundle", "open_target", "picked",
     "run_as_bundle",
 ]  # fmt: skip
 
@@ -116,20 +117,26 @@ def chosen(
     """(name, runtime) of the policy that the options name, on an engine."""
     from offramp.runtime import Runtime
 
-    name, found = picked(opened, policy, fraction, ms, batch_size)
-    if name in opened.bundle.names:
-        return name, opened.bundle.runtime(name, engine=engine, precision=precision, threads=threads)
-    made = None if policy is None else read_policy(Path(policy))[1]
-    return name, Runtime(
-        opened.bundle.model, found, engine, precision=precision, threads=threads,
-        calibrated=None if made is None else made.precision,
+    found = picked(opened, policy, fraction, ms, batch_size)
+    if found.inside:
+        return found.name, opened.bundle.runtime(found.name, engine=engine, precision=precision, threads=threads)
+    return found.name, Runtime(
+        opened.bundle.model, found.policy, engine, precision=precision, threads=threads,
+        calibrated=None if found.calibration is None else found.calibration.precision,
     )  # fmt: skip
 
 
-def picked(
-    opened: Opened, policy: str | None, fraction: float | None, ms: float | None, batch_size: int
-) -> "tuple[str, Policy]":
-    """(name, value) of the policy that the options name."""
+class Picked(NamedTuple):
+    """The policy that options name; `inside` says that the bundle has it under that name, or else it is of a file."""
+
+    name: str
+    policy: "Policy"
+    inside: bool = True
+    calibration: "Calibration | None" = None
+
+
+def picked(opened: Opened, policy: str | None, fraction: float | None, ms: float | None, batch_size: int) -> Picked:
+    """The policy that the options name."""
     from offramp.cost import Budget
 
     given = [
@@ -140,7 +147,8 @@ def picked(
     bundle = opened.bundle
     is_file = policy is not None and (Path(policy).suffix == ".json" or Path(policy).is_file())
     if policy is not None and policy not in bundle.names and is_file:
-        return Path(policy).stem, read_policy(Path(policy))[0]
+        value, calibration = read_policy(Path(policy))
+        return Picked(Path(policy).stem, value, False, calibration)
     budget = None
     if fraction is not None or ms is not None:
         budget = Budget(fraction=fraction, ms=ms, batch_size=batch_size)
@@ -149,4 +157,4 @@ def picked(
     name, found = bundle.choose(policy, budget=budget)
     if not given and len(bundle.names) > 2:
         note(f"policy: {name} (the default; there are {', '.join(bundle.names)})")
-    return name, found
+    return Picked(name, found)

@@ -140,7 +140,8 @@ class Engine(ABC):
     @abstractmethod
     def parts(self, inputs: Inputs, policy: Policy) -> dict[str, Callable[[], object]]:
         """What `measure` times on these inputs: "whole", "stage k", "head k" and "step k" for every exit but the last.
-        A head may include the policy's step, which then has no entry of its own."""
+        A head may include the policy's step, which then has no entry of its own. What a call gives is not used; it has
+        come when the call is done, but for what a device does behind the host."""
 
     def about(self) -> dict[str, Any]:
         """What a reader should know: name, precision, threads."""
@@ -176,11 +177,13 @@ class Staged(Engine):
 
     @abstractmethod
     def run(self, k: int, carry: Carry) -> tuple[Tensor, Carry | None]:
-        """Stage k: the tap and what goes on; the logits and None behind the last."""
+        """Stage k: the tap [batch ...], as the model's module gives it, and what goes on; behind the last stage the
+        logits [batch cls] and None."""
 
     @abstractmethod
     def head(self, k: int, tap: Tensor, carry: Carry, signals: bool) -> tuple[Tensor, Tensor | None]:
-        """Exit k's logits, and its signals where they are asked for and it has some; `carry` is what goes on there."""
+        """Exit k's logits [batch cls], and its signals [batch sig] where they are asked for and it has some; `carry` is
+        what goes on there, with the mask of its rows."""
 
     def bind(self, policy: Policy) -> Bound:
         """The engine under a policy."""

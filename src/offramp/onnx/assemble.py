@@ -56,6 +56,8 @@ def cascade_of(
     """The ONNX model of a model under a policy, checked; see `export`.
 
     Args:
+        model: from `attach`.
+        policy: for the same number of exits; one of ours, or one that stops where `score >= thresholds`.
         stages: from `export_stages`, when several policies are exported for one model.
 
     Raises:
@@ -93,6 +95,7 @@ def visits_of(model: ExitModel, policy: Policy, stages: Sequence[StageGraph]) ->
     """One graph for each exit that a policy visits, for a scheduler of one's own, or one session each.
 
     Args:
+        model, policy: as for `cascade_of`.
         stages: from `export_stages`.
 
     Raises:
