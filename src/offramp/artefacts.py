@@ -16,7 +16,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
     """The path, after `write` filled a temporary neighbour that then took its place in one rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    partial = path.with_name(f".{path.name}.{threading.get_ident()}.{os.getpid()}.partial")
     try:
         fill(partial, write)
         with open(partial, "rb") as file:
