@@ -48,7 +48,7 @@ class QuickResult:
         table: policies on test rows.
         speeds: policies live, by batch size.
         unused: the same with every exit visited and none taken.
-        parity: per policy (rows compared, rows near a decision, other rows whose exit differed).
+        parity: per policy (rows compared, those near a decision, others whose exit differed, near ones whose exit did).
         note: what a reader must know, or "".
         machine: where it was measured.
     """
@@ -61,7 +61,7 @@ class QuickResult:
     table: tuple[Compared, ...]
     speeds: tuple[Speed, ...]
     unused: tuple[Speed, ...]
-    parity: dict[str, tuple[int, int, int]]
+    parity: dict[str, tuple[int, int, int, int]]
     note: str
     machine: str
 
@@ -217,8 +217,9 @@ def time_table(
 def parity(
     model: ExitModel, policies: dict[str, Any], test: Examples, costs: CostModel, sizes: Sequence[int], *,
     engine: Engine | None = None, tolerance: float = 1e-5,
-) -> dict[str, tuple[int, int, int]]:  # fmt: skip
-    """Per policy: (rows compared, rows near a decision, other rows whose live exit is not the simulated one).
+) -> dict[str, tuple[int, int, int, int]]:  # fmt: skip
+    """Per policy: (rows compared, how many of them are near a decision, how many others leave live at another exit than
+    simulated, how many of those near do).
 
     Args:
         engine: what runs live, and what the simulated logits are recorded with; eager unless given.
@@ -230,11 +231,14 @@ def parity(
         outcome = simulate(policy, trace, costs)
         run = Runtime(model, policy, engine or "eager", calibrated=None if engine is None else engine.precision)
         near = near_decision(policy, trace, outcome, tolerance)
-        compared = differs = 0
+        compared = beside = differs = moved = 0
         for size in sizes:
             parts = [torch.arange(i, min(i + size, len(test))) for i in range(0, len(test), size)]
             live = torch.cat([run(test.batch(part).inputs).exit for part in parts])
+            other = live != outcome.exit
             compared += len(live)
-            differs += int(((live != outcome.exit) & ~near).sum())
-        counts[name] = (compared, int(near.sum()), differs)
+            beside += int(near.sum())
+            differs += int((other & ~near).sum())
+            moved += int((other & near).sum())
+        counts[name] = (compared, beside, differs, moved)
     return counts

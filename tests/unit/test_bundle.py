@@ -57,6 +57,10 @@ def test_raw_rows_are_answered(folder: Path) -> None:
     found = list(Bundle.load(folder).predict(rows(10), batch_size=3))
     assert [answer.row for answer in found] == list(range(10))
     assert {answer.label for answer in found} <= set(LABELS)
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    there = list(Bundle.load(folder).predict(rows(10), batch_size=3, engine="onnx", threads=1))
+    assert [(answer.label, answer.exit) for answer in there] == [(answer.label, answer.exit) for answer in found]
     with pytest.raises(DataError, match="row 4: its 'c2' is 'many'"):
         list(Bundle.load(folder).predict([*rows(4), {**rows(1)[0], "c2": "many"}]))
 

@@ -174,13 +174,22 @@ class Bundle:
         *,
         budget: Budget | None = None,
         batch_size: int = 32,
+        engine: str | Engine = "eager",
+        precision: str | None = None,
+        threads: int | None = None,
     ) -> Iterator[Answer]:
         """One answer per raw row, in order; rows are taken as they are wanted, `batch_size` at a time.
 
+        Args:
+            rows: each a mapping of the columns that the preprocessing reads.
+            name, budget: which policy.
+            engine, precision, threads: as for `runtime`, which is made once for all rows.
+
         Raises:
             DataError: the bundle takes tensors only, or a row cannot be used; the message has its number.
+            ValueRangeError, NotStageable, MissingExtra: as for `runtime`.
         """
-        run, number = self.runtime(name, budget=budget), 0
+        run, number = self.runtime(name, budget=budget, engine=engine, precision=precision, threads=threads), 0
         preprocess = self.preprocess
         if preprocess is None:
             raise DataError("the bundle has no preprocessing, so it takes tensors: bundle.runtime()(inputs).")

@@ -193,7 +193,7 @@ def _show_quickstart(found: "QuickResult", folder: Path) -> None:
     columns = ("policy", "batch", "plain ms", "live ms", "spread", "speed-up", "promise", "kept", "left at each exit")
     table("\nMeasured live against the same network without exits, taking turns; heads, policy, regrouping included",
           columns, rows)  # fmt: skip
-    for name, (rows_compared, near, differ) in found.parity.items():
+    for name, (rows_compared, near, differ, _) in found.parity.items():
         line(f"{name}: {differ} of {rows_compared} live rows left at another exit than simulated "
              f"({near} rows so near a decision that rounding decides are not counted)")  # fmt: skip
     if found.speeds:
