@@ -74,6 +74,16 @@ def test_every_engine_is_measured(engines, model, rows, name):
     assert min(costs.timed[1].regroup_s[:-1]) > 0
 
 
+@pytest.mark.parametrize("name", INSTALLED)
+def test_stages_alone_run_on_the_rows_that_get_there(engines, model, rows, trace, name):
+    exits = torch.arange(len(rows)) % EXITS
+    told = engines[name].stages_alone(rows, exits)()
+    assert len(told) == EXITS
+    logits = torch.as_tensor(told[-1][0])
+    torch.testing.assert_close(logits, trace.logits[-1][exits == EXITS - 1], rtol=1e-4, atol=1e-4)
+    assert len(engines[name].stages_alone(rows, exits.clamp(max=1))()) == 2
+
+
 def test_compiled_stages_take_every_batch_size():
     model, x, policy = small()
     try:

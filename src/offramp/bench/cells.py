@@ -22,7 +22,7 @@ from offramp.metrics import bootstrap_difference
 from offramp.policies import Fixed, Policy
 from offramp.record import to_device
 from offramp.runtime import Runtime
-from offramp.timing import batches_of, never, over, promised
+from offramp.timing import batches_of, never, over
 from offramp.units import precision_of
 
 __all__ = ["bench_engine", "sizes_to"]
@@ -89,9 +89,9 @@ class _Contest:
         live = self._runtime(policy, costs)
         right = self._right(name, lambda batch: live(batch).label, size)
         shorter = self._shorter(float(right.double().mean()))
-        took = self._timed(live, policy, shorter, batches)
-        left = [torch.bincount(live(batch).exit.cpu(), minlength=self.model.exits) for batch in batches]
-        total = torch.stack(left).sum(dim=0).double()
+        left = [live(batch).exit for batch in batches]
+        took = self._timed(live, policy, shorter, batches, left)
+        total = torch.bincount(torch.cat(left).cpu(), minlength=self.model.exits).double()
         whole = self._right("", lambda batch: engine.whole(batch).argmax(dim=-1), size)
         plain = self._plain_right()
         rows, pick = len(batches) * size, self._faster_whole(took)
@@ -110,7 +110,7 @@ class _Contest:
             speedup=took[pick].median_s / took["live"].median_s,
             eager_speedup=took["eager"].median_s / took["live"].median_s,
             whole_eager_speedup=took["eager"].median_s / took[pick].median_s,
-            promise=promised(costs, size, [counts.tolist() for counts in left]),
+            promise=took[pick].median_s / took["stages"].median_s,
             shares=tuple((total / total.sum()).tolist()),
             judged=len(right),
             accuracy=rate_of(right),
@@ -121,8 +121,10 @@ class _Contest:
             tail=self._tail(live) if size == 1 else None,
         )
 
-    def _timed(self, live: Runtime, policy: Policy, shorter: Shorter, batches: list[Inputs]) -> dict[str, Timing]:
-        """Times of all contenders for the same batches, in alternating rounds."""
+    def _timed(
+        self, live: Runtime, policy: Policy, shorter: Shorter, batches: list[Inputs], exits: list[Tensor]
+    ) -> dict[str, Timing]:
+        """Times of all contenders for the same batches, in alternating rounds; "stages" is what exits save at best."""
         calls: dict[str, Callable[[Inputs], object]] = {
             "live": live, "whole": self.made.engine.whole, "eager": self.model.plain,
         }  # fmt: skip
@@ -131,6 +133,8 @@ class _Contest:
         if shorter.exit is not None:
             calls["shorter"] = self._runtime(Fixed(shorter.exit, self.model.exits), None)
         contenders = {name: over(call, batches) for name, call in calls.items()}
+        alone = [self.made.engine.stages_alone(*each) for each in zip(batches, exits, strict=True)]
+        contenders["stages"] = lambda: [run() for run in alone]
         with torch.inference_mode():
             return alternate(contenders, rounds=ROUNDS, seconds=self.plan.seconds, after=waiter(batches[0]))
 
@@ -159,7 +163,7 @@ class _Contest:
         return [to_device(batch, self._device) for batch in found]
 
     def _measured(self, size: int, batches: Sequence[Inputs]) -> CostModel:
-        """The costs on this engine of the batch of middling length: regrouping and the promise are of such batches."""
+        """The costs on this engine of the batch of middling length, by which the runtime regroups."""
         if size not in self._costs:
             middle = sorted(batches, key=lambda batch: tensors_of(batch)[0].numel())[len(batches) // 2]
             self._costs[size] = measure(

@@ -74,7 +74,8 @@ class Cell:
         eager: the model as it was written, in torch eager and in its own precision.
         unused: every exit visited and none taken; None for families that have no such thresholds.
         speedup, eager_speedup, whole_eager_speedup: whole over live, eager over live, eager over whole.
-        promise: the speed-up that the stages alone allow for the exits taken, each stage at the size that reached it.
+        promise: the speed-up that the stages alone allow, each run on the very rows that reached it, in turns with the
+            others: no head, no step, no regrouping.
         shares: of the timed rows that left at each exit.
         judged: rows that accuracies are of, the timed ones among them.
         accuracy, whole_accuracy, plain_accuracy: live, of the same engine's whole model, and of the model in its own

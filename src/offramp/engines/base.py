@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from offramp.errors import NotStageable, ShapeError, ValueRangeError
@@ -143,6 +143,11 @@ class Engine(ABC):
         A head may include the policy's step, which then has no entry of its own. What a call gives is not used; it has
         come when the call is done, but for what a device does behind the host."""
 
+    @abstractmethod
+    def stages_alone(self, inputs: Inputs, exits: Int64[Tensor, "batch"]) -> Callable[[], object]:
+        """What runs the stages and nothing else, each on the rows that get there when every row leaves at its exit in
+        `exits`: no head, no step, no regrouping. What exits could save at best."""
+
     def about(self) -> dict[str, Any]:
         """What a reader should know: name, precision, threads."""
         return {"engine": self.name, "precision": self.precision, "threads": self.threads or torch.get_num_threads()}
@@ -200,6 +205,19 @@ class Staged(Engine):
             if self.model.signals:
                 signals.append(said.new_zeros(len(said), len(self.model.signals)) if told is None else told)
         return torch.stack(logits), torch.stack(signals) if signals else None
+
+    def stages_alone(self, inputs: Inputs, exits: Int64[Tensor, "batch"]) -> Callable[[], object]:
+        """What runs the stages and nothing else, each on the rows that get there."""
+        carry: Any = self.start(inputs)
+        calls: list[Callable[[], object]] = []
+        for k in range(self.model.exits):
+            calls.append(partial(self.run, k, carry))
+            _, after = self.run(k, carry)
+            on = exits > k
+            if after is None or not bool(on.any()):
+                break
+            carry, exits = after if bool(on.all()) else after.select(on), exits[on]
+        return lambda: [call() for call in calls]
 
     def parts(self, inputs: Inputs, policy: Policy) -> dict[str, Callable[[], object]]:
         """What `measure` times."""

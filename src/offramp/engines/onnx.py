@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from offramp.engines.base import Frozen, Visit
@@ -132,6 +132,21 @@ class OnnxStages(Frozen):
                 told = self._timed(found, f"step {graph.k}", step.proto, given, policy)
                 state = told[2:]
         return found
+
+    def stages_alone(self, inputs: Inputs, exits: Int64[Tensor, "batch"]) -> Callable[[], object]:
+        """What runs the stages and nothing else, each on the rows that get there; every stage is a session."""
+        carry: Any = self.start(inputs)
+        found: dict[str, Callable[[], object]] = {}
+        for graph in self.graphs():
+            alone, _ = parted(graph)
+            out = self._timed(found, f"stage {graph.k}", alone, [_array(value) for value in carry.values])
+            on = exits > graph.k
+            if not graph.leaves or not bool(on.any()):
+                break
+            values = tuple(torch.from_numpy(value) for value in out[: len(graph.leaves)])
+            after = self._stages.after(graph.k, carry, values)
+            carry, exits = after if bool(on.all()) else after.select(on), exits[on]
+        return lambda: [call() for call in found.values()]
 
     def _timed(
         self, found: dict[str, Callable[[], object]], name: str, proto: Any, values: Sequence[Any],
