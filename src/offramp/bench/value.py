@@ -12,7 +12,7 @@ __all__ = [
     "cell_of", "facts_of",
 ]  # fmt: skip
 
-KIND, VERSION = "offramp.bench", 1
+KIND, VERSION = "offramp.bench", 2
 
 
 @dataclass(frozen=True)

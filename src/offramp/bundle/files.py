@@ -12,7 +12,7 @@ from torch import Tensor
 
 from offramp.bundle.model import BundledModel
 from offramp.bundle.store import Manifest
-from offramp.errors import FormatError
+from offramp.errors import FormatError, first_line
 from offramp.inputs import Inputs, names_of, tensors_of
 from offramp.preprocess import Preprocess, load_preprocess
 from offramp.record import to_device
@@ -80,7 +80,7 @@ def compare(model: BundledModel, inputs: Inputs, expected: Tensor, signals: Tens
         with torch.inference_mode():
             logits, beside = model.forward_with_signals(to_device(inputs, device))
     except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError, AttributeError, MemoryError) as error:
-        told = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        told = first_line(error)
         raise FormatError(f"its programs do not run on its own example: {told}") from None
     dtype = next(model.parameters()).dtype
     _same(logits.cpu().float(), expected.float(), "logits", dtype)

@@ -44,7 +44,8 @@ class OnnxStages(Frozen):
         self._uncut = parts.uncut.enters
         self._whole: _Run | None = None
         self._says: list[_Run] = []
-        self._alone: dict[tuple[str, Policy | None], _Run] = {}  # what `parts` times
+        self._alone: dict[tuple[str, Policy | None], _Run] = {}  # what `parts` and `stages_alone` time
+        self._parted: list[tuple[Any, Any]] = []
 
     @classmethod
     def fits(cls, model: ExitModel) -> tuple[str, ...]:
@@ -119,8 +120,7 @@ class OnnxStages(Frozen):
         values: list[Any] = [_array(value) for value in self.start(inputs).values]
         steps = {step.k: step for step in export_steps(self.model, policy)}
         state: list[Any] = []
-        for graph in self.graphs():
-            alone, head = parted(graph)
+        for graph, (alone, head) in self._apart():
             out = self._timed(found, f"stage {graph.k}", alone, values)
             if head is None:
                 break
@@ -137,8 +137,7 @@ class OnnxStages(Frozen):
         """What runs the stages and nothing else, each on the rows that get there; every stage is a session."""
         carry: Any = self.start(inputs)
         found: dict[str, Callable[[], object]] = {}
-        for graph in self.graphs():
-            alone, _ = parted(graph)
+        for graph, (alone, _) in self._apart():
             out = self._timed(found, f"stage {graph.k}", alone, [_array(value) for value in carry.values])
             on = exits > graph.k
             if not graph.leaves or not bool(on.any()):
@@ -147,6 +146,12 @@ class OnnxStages(Frozen):
             after = self._stages.after(graph.k, carry, values)
             carry, exits = after if bool(on.all()) else after.select(on), exits[on]
         return lambda: [call() for call in found.values()]
+
+    def _apart(self) -> list[tuple[StageGraph, tuple[Any, Any]]]:
+        """The stages, each with (itself without its head, its head alone)."""
+        if not self._parted:
+            self._parted = [parted(graph) for graph in self.graphs()]
+        return list(zip(self.graphs(), self._parted, strict=True))
 
     def _timed(
         self, found: dict[str, Callable[[], object]], name: str, proto: Any, values: Sequence[Any],

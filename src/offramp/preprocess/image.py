@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.errors import DataError, MissingExtra, ValueRangeError
+from offramp.errors import DataError, MissingExtra, ValueRangeError, first_line
 from offramp.preprocess.base import Row, check_names, write_fields
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class ImagePreprocess:
         except Exception as error:  # Pillow's decoders raise many kinds
             if isinstance(error, MemoryError):
                 raise
-            told = (str(error).splitlines() or [type(error).__name__])[0][:160]
+            told = first_line(error, 160)
             raise DataError(f"{where} is no image that can be read: {told}.") from None
 
     def _fitted(self, image: "Image") -> "Image":

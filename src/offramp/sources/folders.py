@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from offramp.errors import DataError, MissingExtra
+from offramp.errors import DataError, MissingExtra, first_line
 from offramp.sources.base import Numbered, Source, split_called
 from offramp.sources.tables import SUFFIXES, Folded, table
 
@@ -102,7 +102,7 @@ class Hub(Source):
         try:
             found = datasets.load_dataset(path, configuration or None)
         except Exception as error:  # the hub, the network, and the data set's own scripts raise many kinds
-            told = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            told = first_line(error)
             raise DataError(
                 f"{name!r} is no file or folder here, and the hub does not give it as a data set: {told}."
             ) from None

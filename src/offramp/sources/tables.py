@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from offramp.errors import DataError, MissingExtra
+from offramp.errors import DataError, MissingExtra, first_line
 from offramp.sources.base import Numbered, Source
 
 __all__ = ["SUFFIXES", "Delimited", "Folded", "JsonLines", "Parquet", "table"]
@@ -287,4 +287,4 @@ def _class_names(metadata: dict[bytes, bytes]) -> dict[str, tuple[str, ...]]:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+    return first_line(error).rstrip(".")
