@@ -1,6 +1,7 @@
 """Stages in onnxruntime: one session for each visited exit with the policy's step inside, or one file for all."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from offramp.engines.base import Frozen, Visit
+from offramp.engines.base import Frozen, Visit, in_turn
 from offramp.errors import NotStageable, first_line
 from offramp.inputs import Inputs
 from offramp.model import ExitModel
@@ -145,7 +146,7 @@ class OnnxStages(Frozen):
             values = tuple(torch.from_numpy(value) for value in out[: len(graph.leaves)])
             after = self._stages.after(graph.k, carry, values)
             carry, exits = after if bool(on.all()) else after.select(on), exits[on]
-        return lambda: [call() for call in found.values()]
+        return partial(in_turn, list(found.values()))
 
     def _apart(self) -> list[tuple[StageGraph, tuple[Any, Any]]]:
         """The stages, each with (itself without its head, its head alone)."""
