@@ -40,7 +40,17 @@ if TYPE_CHECKING:
     from offramp.heads import MapHead, TokenHead, VectorHead
     from offramp.measure import measure
     from offramp.model import MultiExitModel
-    from offramp.objectives import DepthWeighted, Distill, EENetLoss, FinalOnly, SelfDistill, TwoStage, Uniform
+    from offramp.objectives import (
+        Alternating,
+        DepthWeighted,
+        Distill,
+        EENetLoss,
+        FinalOnly,
+        SelfDistill,
+        TwoStage,
+        Uniform,
+        Weighted,
+    )
     from offramp.onnx import OnnxFile, export
     from offramp.policies import (
         BEEM,
@@ -84,6 +94,7 @@ __all__ = [
     "PCEE",
     "ZTW",
     "AccuracyBins",
+    "Alternating",
     "BERxiT",
     "Budget",
     "Bundle",
@@ -137,6 +148,7 @@ __all__ = [
     "ValueRangeError",
     "VectorHead",
     "Voting",
+    "Weighted",
     "__version__",
     "attach",
     "calibrate",
@@ -169,7 +181,7 @@ _MODULES = {
     "measure": "measure",
     "model": "MultiExitModel",
     "onnx": "OnnxFile export",
-    "objectives": "DepthWeighted Distill EENetLoss FinalOnly SelfDistill TwoStage Uniform",
+    "objectives": "Alternating DepthWeighted Distill EENetLoss FinalOnly SelfDistill TwoStage Uniform Weighted",
     "policies": (
         "AccuracyBins BEEM BERxiT EENet EERO Entropy Evidence FPABEE Fixed JEIDNN MSDNet Margin MaxProb PCEE Patience "
         "Policy Step Stopping Voting ZTW dumps loads"

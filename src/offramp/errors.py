@@ -7,6 +7,7 @@
     ├── NotStageable(RuntimeError)    the model cannot be cut at an exit; training and recording still work
     ├── DataError(ValueError)         a data set cannot be used as it is
     ├── FormatError(ValueError)       a file is not what it should be, is damaged, or is from a newer version
+    ├── ProcessLost(RuntimeError)      another process of a run that several share is gone
     └── MissingExtra(ImportError)     an optional package is not installed; the message names the extra
 
 A message says what was got, what was expected, and what to do.
@@ -19,6 +20,7 @@ __all__ = [
     "NoSuchModule",
     "NotStageable",
     "OfframpError",
+    "ProcessLost",
     "ShapeError",
     "ValueRangeError",
     "first_line",
@@ -51,6 +53,10 @@ class DataError(OfframpError, ValueError):
 
 class FormatError(OfframpError, ValueError):
     """A file is not what it should be, is damaged, or comes from a newer version."""
+
+
+class ProcessLost(OfframpError, RuntimeError):
+    """Another process of a run that several processes share ended, or cannot be reached."""
 
 
 class MissingExtra(OfframpError, ImportError):

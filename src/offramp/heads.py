@@ -22,9 +22,11 @@ Shape = tuple[int, ...]
 
 
 class Head(nn.Module):
-    """Logits [batch cls] from a tap; `takes_mask` says whether `forward` wants the attention mask too."""
+    """Logits [batch cls] from a tap; `takes_mask` says whether `forward` wants the attention mask too, `averages`
+    whether it takes the mean over the tokens that the mask keeps."""
 
     takes_mask = False
+    averages = False
 
     def forward(
         self, tap: Tensor, mask: Tensor | None = None, *, weights: Tensor | None = None, signals: bool = True
@@ -87,7 +89,8 @@ class TokenHead:
     """A head for tokens [batch tok dim]: one vector per row, a projection if wanted, then linear.
 
     Args:
-        pool: "first" takes the first token, "mean" the mean over the tokens that the attention mask keeps.
+        pool: "first" takes the first token, "mean" the mean over the tokens that the attention mask keeps,
+            "attention" one with the weights softmax(tap . q / sqrt(dim)) of a learned q, which begins as the mean.
         pooler: False for none; True for the model's own module called "pooler", or its dotted name: its weights are
             shared, not copied; "own" for a new linear layer and tanh that belong to the head.
         dropout: probability of dropping a pooled feature in training.
@@ -98,8 +101,8 @@ class TokenHead:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.pool not in ("first", "mean"):
-            raise ValueRangeError(f"TokenHead has pool={self.pool!r}; expected 'first' or 'mean'.")
+        if self.pool not in ("first", "mean", "attention"):
+            raise ValueRangeError(f"TokenHead has pool={self.pool!r}; expected 'first', 'mean' or 'attention'.")
         if self.pooler not in (False, "own") and self.pool != "first":
             raise ValueRangeError("The model's own pooler takes the first token; use pool='first' or pooler='own'.")
 
@@ -137,6 +140,7 @@ SHORT: dict[str, HeadSpec] = {
     "conv": MapHead(convs=3, divide=4),
     "first": TokenHead("first"),
     "mean": TokenHead("mean"),
+    "attention": TokenHead("attention"),
     "pooler": TokenHead("first", pooler=True),
     "vector": VectorHead(),
 }
@@ -267,8 +271,10 @@ class _TokenHead(Head):
     ) -> None:
         super().__init__()
         self.pool = pool
-        self.takes_mask = pool == "mean"
+        self.takes_mask, self.averages = pool in ("mean", "attention"), pool == "mean"
         self.own = own
+        if pool == "attention":
+            self.query = nn.Parameter(torch.zeros(dim))
         # in a tuple, so that the weights stay the model's alone: not this head's parameters, not twice in a state_dict
         self._shared = (shared,)
         self.dropout = nn.Dropout(dropout)
@@ -281,6 +287,8 @@ class _TokenHead(Head):
         shared = self._shared[0]
         if shared is not None:
             pooled = shared(tap)
+        elif self.pool == "attention":
+            pooled = _masked_mean(tap, mask, _attention(tap, mask, self.query))
         else:
             pooled = tap[:, 0] if self.pool == "first" else _masked_mean(tap, mask, weights)
         if self.own is not None:
@@ -321,14 +329,29 @@ def _masked_mean(
     tap: Float[Tensor, "batch tok dim"], mask: Tensor | None, weights: Tensor | None
 ) -> Float[Tensor, "batch dim"]:
     """The mean over the tokens where the mask [batch tok] is not zero, or over all of them without a mask."""
-    if mask is None:
-        return tap.mean(1)
     if weights is not None:
         return torch.bmm(weights, tap).squeeze(1)
+    if mask is None:
+        return tap.mean(1)
+    _check_mask(tap, mask)
+    # a product with the mask as a row: no masked copy of the tap is made
+    return torch.bmm(mask_weights(mask, tap.dtype), tap).squeeze(1)
+
+
+def _attention(
+    tap: Float[Tensor, "batch tok dim"], mask: Tensor | None, query: Float[Tensor, "dim"]
+) -> Float[Tensor, "batch 1 tok"]:
+    """What each token counts by its product with the query, among those where the mask is not zero."""
+    scores = (tap @ query).float() / tap.shape[2] ** 0.5
+    if mask is not None:
+        _check_mask(tap, mask)
+        scores = scores.masked_fill(mask == 0, torch.finfo(scores.dtype).min)
+    return torch.softmax(scores, dim=-1).to(tap.dtype).unsqueeze(1)
+
+
+def _check_mask(tap: Float[Tensor, "batch tok dim"], mask: Tensor) -> None:
     if mask.shape != tap.shape[:2]:
         raise ShapeError(
             f"The attention mask has shape {list(mask.shape)} and the tap {list(tap.shape)}; expected a mask "
             f"{list(tap.shape[:2])}. Use TokenHead('first'), or a head of your own."
         )
-    # a product with the mask as a row: no masked copy of the tap is made
-    return torch.bmm(mask_weights(mask, tap.dtype), tap).squeeze(1)

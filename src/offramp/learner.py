@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from offramp.data import Batch, Examples, seed_for
 from offramp.errors import DataError, ShapeError, ValueRangeError
-from offramp.objectives import FinalOnly, Objective, TwoStage
+from offramp.objectives import Alternating, FinalOnly, Objective, TwoStage
+from offramp.processes import Processes
 from offramp.recipe import Recipe
 from offramp.record import to_device
 from offramp.shapes import check_labels
@@ -20,12 +21,14 @@ __all__ = ["Learner", "Phase", "check_teacher", "phases"]
 
 
 class Phase(NamedTuple):
-    """Epochs `first` to before `last` with one objective; the part that is `frozen` learns nothing."""
+    """Epochs `first` to before `last` with one objective; the part that is `frozen` learns nothing. `own_teacher` says
+    that the network as it is when the phase begins is the teacher, where there is no other."""
 
     objective: Objective
     frozen: str | None
     first: int
     last: int
+    own_teacher: bool = False
 
 
 def phases(objective: Objective, recipe: Recipe) -> list[Phase]:
@@ -41,13 +44,11 @@ def phases(objective: Objective, recipe: Recipe) -> list[Phase]:
     if recipe.epochs < 2:
         raise ValueRangeError("TwoStage needs one epoch for each stage; Recipe.epochs is 1. Give 2 or more.")
     if recipe.frozen is not None:
-        raise ValueRangeError(
-            "TwoStage freezes the backbone by itself after its first stage; set Recipe.frozen to None."
-        )
+        raise ValueRangeError("TwoStage says itself what its second stage freezes; set Recipe.frozen to None.")
     first = min(recipe.epochs - 1, max(1, round(objective.first_share * recipe.epochs)))
     return [
         Phase(objective.first, _idle(objective.first), 0, first),
-        Phase(objective.then, "backbone", first, recipe.epochs),
+        Phase(objective.then, "backbone" if objective.freeze else None, first, recipe.epochs, objective.teaches_itself),
     ]
 
 
@@ -58,14 +59,18 @@ class Learner:
         accelerator: accelerate's, for backward, clipping and the device.
         teacher: a module, logits [row cls], or None.
         per_epoch: batches per epoch.
+        together: the processes that share every batch.
     """
 
     optimizer: Any
     phase: Phase
 
-    def __init__(self, model: nn.Module, recipe: Recipe, accelerator: Any, teacher: Any, per_epoch: int):
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, accelerator: Any, teacher: Any, per_epoch: int,
+        together: Processes | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.recipe, self.accelerator, self.teacher = model, recipe, accelerator, teacher
-        self.per_epoch = per_epoch
+        self.per_epoch, self.together = per_epoch, together or Processes(0, 1)
         self.classes = int(model.classes)  # type: ignore[arg-type]
         self.home = next(model.parameters()).device
         self.device: torch.device = self.home if self.home.type != "cpu" else accelerator.device
@@ -78,6 +83,8 @@ class Learner:
         """
         modes = {module: module.training for module in self.model.modules()}
         flags = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        gradients = getattr(self.model, "gradients", "sum")
+        self.model.gradients = self.recipe.gradients  # type: ignore[assignment]
         self._trainable = {parameter for parameter, flag in flags.items() if flag}
         self.model.to(self.device)
         if self.recipe.channels_last:
@@ -89,6 +96,7 @@ class Learner:
                 yield
         finally:
             self.model.zero_grad(set_to_none=True)
+            self.model.gradients = gradients  # type: ignore[assignment]
             self.model.to(self.home)
             for module, mode in modes.items():
                 module.training = mode
@@ -99,14 +107,13 @@ class Learner:
     def enter(self, phase: Phase) -> None:
         """Nothing; the phase begins, with a fresh optimizer over what it trains."""
         recipe, self.phase = self.recipe, phase
-        backbone = set(self.model.backbone.parameters())  # type: ignore[union-attr,operator]
+        rates = _backbone_rates(self.model, recipe)
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for parameter in self.model.parameters():
-            of_backbone = parameter in backbone
-            idle = phase.frozen == ("backbone" if of_backbone else "heads")
+            idle = phase.frozen == ("backbone" if parameter in rates else "heads")
             parameter.requires_grad_(parameter in self._trainable and not idle)
             if parameter.requires_grad:
-                rate = recipe.lr if of_backbone or recipe.head_lr is None else recipe.head_lr
+                rate = rates.get(parameter, recipe.lr if recipe.head_lr is None else recipe.head_lr)
                 decays = recipe.optimizer == "sgd" or parameter.ndim > 1
                 groups.setdefault((rate, recipe.weight_decay if decays else 0.0), []).append(parameter)
         if not groups:
@@ -134,7 +141,8 @@ class Learner:
         return self.phase.first * self.per_epoch
 
     def step(self, batch: Batch, number: int) -> float:
-        """The loss of one batch at step `number` of the run, after one step of the optimizer.
+        """The loss of one batch at step `number` of the run, after one step of the optimizer. Several processes take a
+        part of the rows each; the loss is that of the whole batch.
 
         Raises:
             ValueRangeError: the loss or the gradient is not finite; the weights are as before the step.
@@ -143,31 +151,45 @@ class Learner:
         factor = self.recipe.rate(number - self.start, steps)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
+        batch, share = self.together.share(batch)
         labels = self._labels(batch)
         # Dropout is a function of the step, so that going on needs no state of generators.
-        torch.manual_seed(seed_for(self.recipe.seed, number, 1))
+        torch.manual_seed(seed_for(self.recipe.seed, number, 1 + self.together.rank))
         inputs = to_device(batch.inputs, self.device, self.recipe.channels_last)
-        logits, taught = self._forward(inputs, batch)
-        loss = self.phase.objective(logits, labels, progress=(number - self.start) / steps, teacher=taught)
-        value = loss.item()
+        objective = self.phase.objective
+        if isinstance(objective, Alternating):
+            objective = objective.at(number - self.start)
+        logits, taught = self._forward(inputs, batch, isinstance(objective, FinalOnly))
+        loss = objective(logits, labels, progress=(number - self.start) / steps, teacher=taught)
+        value = self._over_all(loss.item() * share)
         if not math.isfinite(value):
             raise self.diverged(f"the loss is {value}", number, batch)
         self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
+        self.accelerator.backward(loss if share == 1.0 else loss * share)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.together.add_up([p.grad for p in parameters if p.grad is not None])
         if self.recipe.clip_norm is not None:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             norm = self.accelerator.clip_grad_norm_(parameters, self.recipe.clip_norm)
             if norm is not None and not torch.isfinite(norm):
                 raise self.diverged(f"the norm of the gradient is {float(norm)}", number, batch)
         self.optimizer.step()
         return value
 
-    def _forward(self, inputs: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Float32 logits [exit batch cls] of the model, and [batch cls] of the teacher if there is one."""
-        alone = isinstance(self.phase.objective, FinalOnly) and hasattr(self.model, "plain")
+    def _over_all(self, value: float) -> float:
+        """The sum of every process's value."""
+        if self.together.count == 1:
+            return value
+        held = torch.tensor([value], dtype=torch.float64, device=self.device)
+        self.together.add_up([held])
+        return float(held)
+
+    def _forward(self, inputs: Any, batch: Batch, alone: bool) -> tuple[Tensor, Tensor | None]:
+        """Float32 logits [exit batch cls] of the model, or of the last exit if that is `alone` in the loss; and
+        [batch cls] of the teacher if there is one."""
+        alone = alone and hasattr(self.model, "plain")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             logits = self.model.plain(inputs).unsqueeze(0) if alone else self.model(inputs)  # type: ignore[operator]
-            taught = self._taught(inputs, batch)
+            taught = None if alone else self._taught(inputs, batch)
         if logits.ndim != 3 or logits.shape[-1] != self.classes:
             raise ShapeError(f"the model gave shape {list(logits.shape)}; expected [exit batch {self.classes}].")
         if taught is not None and taught.shape != logits.shape[1:]:
@@ -225,6 +247,26 @@ def check_teacher(teacher: Any, model: nn.Module, data: Any) -> Any:
             "each row of Examples. For other data, give the teacher as a model."
         )
     return teacher
+
+
+def _backbone_rates(model: nn.Module, recipe: Recipe) -> dict[nn.Parameter, float]:
+    """The highest learning rate of every parameter of the backbone: less for parts before earlier taps, if asked.
+
+    A parameter belongs to the part before the first tapped module that does not come before it in the model's order.
+    """
+    backbone: Any = model.backbone
+    if recipe.layer_decay is None:
+        return dict.fromkeys(backbone.parameters(), recipe.lr)
+    names = [name for name, _ in backbone.named_parameters()]
+    ends = []
+    for tap in getattr(model, "taps", ()):
+        path = tap.rpartition("@")[0] or tap
+        ends.append(max((i for i, name in enumerate(names) if name.startswith(f"{path}.")), default=-1))
+    rates = {}
+    for i, parameter in enumerate(backbone.parameters()):
+        later = sum(end >= i for end in ends)
+        rates[parameter] = recipe.lr * recipe.layer_decay**later
+    return rates
 
 
 def _idle(objective: Objective) -> str | None:

@@ -27,8 +27,8 @@ __all__ = [
     "rate_interval",
 ]
 
-#: Names of metrics, each from 0 to 1, higher is better.
-METRICS = ("accuracy", "balanced-accuracy", "macro-f1")
+#: Names of metrics, higher is better; from 0 to 1, but "matthews" from -1. "f1" is of the last class, as in GLUE.
+METRICS = ("accuracy", "balanced-accuracy", "macro-f1", "f1", "matthews")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,8 @@ def class_scores(said: Int[Tensor, "row"], labels: Int[Tensor, "row"], classes: 
 
 def metric_of(name: str, said: Int[Tensor, "row"], labels: Int[Tensor, "row"], classes: int) -> float:
     """A metric of answers. Classes that no row has are left out of means, except in F1 when they are answered:
-    as scikit-learn's `f1_score(average="macro")` and `balanced_accuracy_score` count.
+    as scikit-learn's `f1_score(average="macro")` and `balanced_accuracy_score` count; `f1_score(pos_label=last)` and
+    `matthews_corrcoef`, GLUE's metrics of MRPC and CoLA.
 
     Raises:
         ValueRangeError: the metric is unknown, or there are no rows.
@@ -64,7 +65,19 @@ def metric_of(name: str, said: Int[Tensor, "row"], labels: Int[Tensor, "row"], c
     scores = class_scores(said, labels, classes)
     if name == "balanced-accuracy":
         return float(scores.recall[scores.rows > 0].mean())
+    if name == "f1":
+        return float(scores.f1[-1])
+    if name == "matthews":
+        return _matthews(int((said == labels).sum()), scores)
     return float(scores.f1[(scores.rows + scores.said) > 0].mean())
+
+
+def _matthews(right: int, scores: ClassScores) -> float:
+    """Matthews' correlation for any number of classes (Gorodkin 2004); 0 where all answers or all rows are of one."""
+    rows, said = scores.rows.double(), scores.said.double()
+    total = float(rows.sum())
+    spread = math.sqrt(float((total**2 - (said**2).sum()) * (total**2 - (rows**2).sum())))
+    return (right * total - float((rows * said).sum())) / spread if spread else 0.0
 
 
 def metric_interval(

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from offramp.gradients import apart
 from offramp.graph import Dynamic, eval_mode, own_precision, three_rows, trace
 from offramp.heads import Head
 from offramp.inputs import Inputs, mask_of, names_of
@@ -108,6 +109,7 @@ class MultiExitModel(ExitModel):
             and a column behind them for each of `signals`.
         taps: the names of the taps in the order of execution.
         classes: the number of classes.
+        gradients: how the exits' gradients meet in the backbone, see `Recipe.gradients`; answers are the same.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class MultiExitModel(ExitModel):
         self._by_hand = None if stages is None else tuple(stages)
         self._overwritten = tuple(overwritten) or (False,) * len(self._taps)
         self._cut: tuple[Stages, _Watch] | None = None
+        self.gradients = "sum"
 
     @property
     def example(self) -> Inputs:
@@ -162,9 +165,14 @@ class MultiExitModel(ExitModel):
         """What came by at each tap, and the original's logits."""
         heard: list[Any] = [None] * len(self._taps)
 
-        def hear(k: int, tap: Tensor) -> None:
+        def hear(k: int, tap: Tensor) -> Tensor | None:
             # the original writes into some taps later on (ReLU(inplace=True)); a head must see what the tap was
-            heard[k] = tap.clone() if self._overwritten[k] else tap
+            seen = tap.clone() if self._overwritten[k] else tap
+            if self.gradients == "sum" or not (torch.is_grad_enabled() and tap.requires_grad):
+                heard[k] = seen
+                return None
+            heard[k], onward = apart(self.gradients, k, len(self._taps) + 1, seen, tap)
+            return onward
 
         with listen(self.backbone, self._taps, hear):
             last = self.plain(inputs)

@@ -13,6 +13,7 @@ from torch import Tensor
 from offramp.errors import FormatError, OfframpError, ShapeError, ValueRangeError
 
 __all__ = [
+    "Alternating",
     "DepthWeighted",
     "Distill",
     "EENetLoss",
@@ -21,6 +22,7 @@ __all__ = [
     "SelfDistill",
     "TwoStage",
     "Uniform",
+    "Weighted",
     "objective_from_dict",
     "objective_to_dict",
 ]
@@ -71,6 +73,29 @@ class Uniform:
 
 
 @dataclass(frozen=True)
+class Weighted:
+    """Cross-entropy with a weight of its own for every exit: sum_k w_k CE_k / sum_k w_k.
+
+    Args:
+        weights: one per exit, not negative. The shares of rows that leave at each exit under a budget make training
+            look at what that budget uses.
+    """
+
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", _weights(self.weights, type(self).__name__))
+
+    def __call__(self, logits: Logits, labels: Labels, *, progress: float = 0.0, teacher: Teacher = None) -> Loss:
+        """The loss of one batch.
+
+        Raises:
+            ShapeError: there are more or fewer exits than weights.
+        """
+        return (_shares(self.weights, logits) * _cross_entropies(logits, labels)).sum()
+
+
+@dataclass(frozen=True)
 class EENetLoss:
     """sum_k (k+1) CE_k / (E (E+1)); in the last part of training plus alpha T^2 sum_{k<E-1} KL(last || exit k).
 
@@ -100,31 +125,43 @@ class EENetLoss:
 
 @dataclass(frozen=True)
 class SelfDistill:
-    """Depth-weighted alpha CE_k + (1-alpha) T^2 KL(last || exit k); the last exit itself has CE alone.
+    """Weighted alpha CE_k + (1-alpha) T^2 KL(last || exit k); the last exit itself has CE alone.
 
     The last exit is a fixed target: no gradient flows into it from the exits that learn from it.
+
+    Args:
+        alpha: the share of the labels.
+        temperature: T, which softens both distributions.
+        weights: of the exits: "depth" (1 to E), "uniform", or one number per exit.
 
     Source: Phuong and Lampert (ICCV 2019), section 3, with the last exit as the teacher; the depth weights are ours.
     """
 
     alpha: float = 0.5
     temperature: float = 2.0
+    weights: tuple[float, ...] | str = "depth"
 
     def __post_init__(self) -> None:
         _number(self, "alpha", 0.0, 1.0)
         _number(self, "temperature", 0.0, math.inf, open_low=True)
+        object.__setattr__(self, "weights", _weights(self.weights, type(self).__name__))
 
     def __call__(self, logits: Logits, labels: Labels, *, progress: float = 0.0, teacher: Teacher = None) -> Loss:
         """The loss of one batch."""
         ce = _cross_entropies(logits, labels)
         kl = _divergences(logits[:-1], logits[-1].detach(), self.temperature)
         per_exit = torch.cat([self.alpha * ce[:-1] + (1 - self.alpha) * kl, ce[-1:]])
-        return (_depth(logits) * per_exit).sum()
+        return (_shares(self.weights, logits) * per_exit).sum()
 
 
 @dataclass(frozen=True)
 class Distill:
-    """Depth-weighted alpha CE_k + (1-alpha) T^2 KL(teacher || exit k), for every exit; needs `train(teacher=...)`.
+    """Weighted alpha CE_k + (1-alpha) T^2 KL(teacher || exit k), for every exit; needs `train(teacher=...)`.
+
+    Args:
+        alpha: the share of the labels.
+        temperature: T, which softens both distributions.
+        weights: of the exits: "depth" (1 to E), "uniform", or one number per exit.
 
     Source: Hinton et al. (2015), section 2, applied to every exit; the depth weights are PABEE's. The defaults are the
     ones that served a network started from its own plain fine-tuned version, which is then the teacher.
@@ -132,10 +169,12 @@ class Distill:
 
     alpha: float = 0.3
     temperature: float = 2.0
+    weights: tuple[float, ...] | str = "depth"
 
     def __post_init__(self) -> None:
         _number(self, "alpha", 0.0, 1.0)
         _number(self, "temperature", 0.0, math.inf, open_low=True)
+        object.__setattr__(self, "weights", _weights(self.weights, type(self).__name__))
 
     def __call__(self, logits: Logits, labels: Labels, *, progress: float = 0.0, teacher: Teacher = None) -> Loss:
         """The loss of one batch.
@@ -147,7 +186,7 @@ class Distill:
             raise ValueRangeError("Distill has no teacher. Pass train(teacher=model or logits), or use SelfDistill.")
         kl = _divergences(logits, teacher.detach(), self.temperature)
         per_exit = self.alpha * _cross_entropies(logits, labels) + (1 - self.alpha) * kl
-        return (_depth(logits) * per_exit).sum()
+        return (_shares(self.weights, logits) * per_exit).sum()
 
 
 @dataclass(frozen=True)
@@ -160,19 +199,60 @@ class FinalOnly:
 
 
 @dataclass(frozen=True)
+class Alternating:
+    """Two objectives in turns: `first` at even steps, `then` at odd ones; both train everything that learns.
+
+    Source: BERxiT (Xin et al. 2021), section 3.2: the last exit alone, and all exits, in turns. Ours weighs exits by
+    depth where theirs adds them up.
+    """
+
+    first: Objective = FinalOnly()
+    then: Objective = DepthWeighted()
+
+    def __post_init__(self) -> None:
+        for name in ("first", "then"):
+            value = getattr(self, name)
+            if not isinstance(value, Objective) or isinstance(value, TwoStage | Alternating):
+                raise ValueRangeError(
+                    f"Alternating.{name} is {value!r}; expected an objective that is one and the same."
+                )
+        if isinstance(self.then, FinalOnly):
+            raise ValueRangeError(
+                "Alternating.then is FinalOnly(), which trains no head; expected DepthWeighted() or such."
+            )
+
+    def at(self, step: int) -> Objective:
+        """The objective of a step, counted from 0."""
+        return self.then if step % 2 else self.first
+
+    def __call__(self, logits: Logits, labels: Labels, *, progress: float = 0.0, teacher: Teacher = None) -> Loss:
+        """The mean of both losses: what two steps minimise."""
+        losses = [each(logits, labels, progress=progress, teacher=teacher) for each in (self.first, self.then)]
+        return 0.5 * (losses[0] + losses[1])
+
+
+@dataclass(frozen=True)
 class TwoStage:
-    """First one objective on everything, then another on the heads alone, with the backbone frozen in eval mode.
+    """First one objective on everything, then another: on the heads alone, with the backbone frozen in eval mode,
+    unless `freeze` is False.
 
     `first_share` of the epochs (rounded, at least one for each stage) go to the first. Each stage has a fresh optimizer
     and its own run through the learning-rate schedule, and sees `progress` from 0 to 1.
 
+    Args:
+        first, then: the objectives.
+        first_share: of the epochs, above 0 and below 1.
+        freeze: False lets everything go on learning in the second stage. A `Distill` there that has no teacher is then
+            taught by the network as the first stage left it.
+
     Source: BEEM's released captioning code (fine-tune the backbone, freeze it, train the heads); DeeBERT (Xin et al.
-    2020), section 3.2, trains classification exits so.
+    2020), section 3.2, trains classification exits so. Being taught by one's own plain version is ours.
     """
 
     first: Objective = FinalOnly()
     then: Objective = DepthWeighted()
     first_share: float = 0.5
+    freeze: bool = True
 
     def __post_init__(self) -> None:
         for name in ("first", "then"):
@@ -188,6 +268,13 @@ class TwoStage:
             raise ValueRangeError(
                 "TwoStage.first_share is 1.0, which leaves nothing for the heads; expected less than 1."
             )
+        if not isinstance(self.freeze, bool):
+            raise ValueRangeError(f"TwoStage.freeze is {self.freeze!r}; expected True or False.")
+
+    @property
+    def teaches_itself(self) -> bool:
+        """Whether the second stage is taught by what the first one made, where no other teacher is given."""
+        return not self.freeze and isinstance(self.then, Distill)
 
     def __call__(self, logits: Logits, labels: Labels, *, progress: float = 0.0, teacher: Teacher = None) -> Loss:
         """The loss of one batch: the first objective's before `first_share`, the other's from there on."""
@@ -198,7 +285,8 @@ class TwoStage:
 
 
 KINDS: dict[str, type] = {
-    cls.__name__: cls for cls in (DepthWeighted, Uniform, EENetLoss, SelfDistill, Distill, FinalOnly, TwoStage)
+    cls.__name__: cls
+    for cls in (DepthWeighted, Uniform, Weighted, EENetLoss, SelfDistill, Distill, FinalOnly, Alternating, TwoStage)
 }
 
 
@@ -226,10 +314,51 @@ def objective_from_dict(value: Any) -> Objective:
     if not isinstance(fields, dict) or set(fields) - known:
         raise FormatError(f"{kind} has the fields {sorted(known)}; got {fields!r}. Correct the file.")
     try:
-        made = KINDS[kind](**{k: objective_from_dict(v) if isinstance(v, dict) else v for k, v in fields.items()})
+        made = KINDS[kind](**{k: _field(v) for k, v in fields.items()})
     except (TypeError, OfframpError) as error:
         raise FormatError(f"{kind} cannot be made from these fields: {error}") from None
     return made  # type: ignore[no-any-return]
+
+
+def _field(value: Any) -> Any:
+    """A field as it was before it became JSON."""
+    if isinstance(value, dict):
+        return objective_from_dict(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _weights(given: Any, kind: str) -> tuple[float, ...] | str:
+    """One weight per exit, or a word for them.
+
+    Raises:
+        ValueRangeError: it is neither, or the weights are negative or all nothing.
+    """
+    if given in ("depth", "uniform") and kind != "Weighted":
+        return str(given)
+    numbers = isinstance(given, tuple | list) and all(
+        isinstance(w, int | float) and not isinstance(w, bool) and math.isfinite(w) and w >= 0 for w in given
+    )
+    if not numbers or sum(given) <= 0:
+        words = "" if kind == "Weighted" else "'depth', 'uniform', or "
+        raise ValueRangeError(
+            f"{kind}.weights is {given!r}; expected {words}a number for each exit, none negative and one above 0."
+        )
+    return tuple(map(float, given))
+
+
+def _shares(weights: tuple[float, ...] | str, logits: Logits) -> Float[Tensor, "exit"]:
+    """The weights of the exits, which sum to one.
+
+    Raises:
+        ShapeError: there are more or fewer exits than weights.
+    """
+    if weights == "depth":
+        return _depth(logits)
+    exits = logits.shape[0]
+    given = torch.ones(exits) if isinstance(weights, str) else torch.tensor(weights)
+    if len(given) != exits:
+        raise ShapeError(f"there are {len(given)} weights for {exits} exits; expected one for each exit.")
+    return (given / given.sum()).to(logits.device)
 
 
 def _depth(logits: Logits) -> Float[Tensor, "exit"]:

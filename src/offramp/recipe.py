@@ -15,6 +15,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "schedule": ("linear", "cosine", "step", "constant"),
     "precision": ("fp32", "bf16"),
     "frozen": (None, "backbone"),
+    "gradients": ("sum", "equilibrium", "local", "detached"),
     "channels_last": (False, True),
     "bucket": (False, True),
 }
@@ -42,6 +43,12 @@ class Recipe:
         seed: decides order, augmentation and dropout.
         bucket: put rows of about the same length into a batch (token inputs from `Examples`).
         frozen: "backbone" trains the heads alone, with the original model in eval mode.
+        gradients: how the exits' gradients meet in the backbone: "sum" adds them up; "equilibrium" scales them so that
+            no stage gets more for having more exits behind it (gradient equilibrium, Li et al. 2019, section 3.1);
+            "local" lets those of an exit reach no further back than the exit before it; "detached" keeps them in the
+            heads, so that the backbone learns from the last exit alone.
+        layer_decay: the learning rate of the backbone's part behind the last tap is `lr`, that of each part before is
+            this times as large as the next one's (ULMFiT, Howard and Ruder 2018, section 3.2); None: the same for all.
         checkpoint_every_s: seconds between checkpoints within an epoch; one more follows every epoch.
         checkpoint_every_steps: steps between checkpoints, instead of seconds.
 
@@ -66,6 +73,8 @@ class Recipe:
     seed: int = 0
     bucket: bool = True
     frozen: str | None = None
+    gradients: str = "sum"
+    layer_decay: float | None = None
     checkpoint_every_s: float = 300.0
     checkpoint_every_steps: int | None = None
 
@@ -84,6 +93,8 @@ class Recipe:
         self._real("warmup", 0.0, 1.0, "a share of the steps from 0 to below 1", below=True)
         self._real("label_smoothing", 0.0, 1.0, "from 0 to below 1", below=True)
         self._real("checkpoint_every_s", 0.0, math.inf, "above 0", above=True)
+        if self.layer_decay is not None:
+            self._real("layer_decay", 0.0, 1.0, "above 0 and at most 1, or None", above=True)
         for name in ("head_lr", "clip_norm"):
             if getattr(self, name) is not None:
                 self._real(name, 0.0, math.inf, "above 0, or None", above=True)
@@ -122,6 +133,10 @@ class Recipe:
         """The fields that decide the result, as JSON; when checkpoints are written does not."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del values["checkpoint_every_s"], values["checkpoint_every_steps"]
+        if self.gradients == "sum":  # runs of before these fields go on
+            del values["gradients"]
+        if self.layer_decay is None:
+            del values["layer_decay"]
         if self.augment is not None:
             known = dataclasses.is_dataclass(self.augment)
             values["augment"] = (

@@ -6,11 +6,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from offramp.data import Examples
 from offramp.errors import DataError, ShapeError, ValueRangeError
 from offramp.loaders import as_data, as_loader
 from offramp.meter import Meter
+from offramp.processes import processes
 from offramp.trace import ExitTrace
 from offramp.units import precision_of
 
@@ -49,7 +51,9 @@ def record(
     """The trace of a model over a data set: logits [exit row cls] and labels [row], rows in the data's order; and the
     signals [exit row sig] of a model that has some.
 
-    The model runs in eval mode, where it is, and comes back in the mode it was in.
+    The model runs in eval mode, where it is, and comes back in the mode it was in. Several processes that a launcher
+    started (`accelerate launch`) take a part of the rows each, and every one of them gets the whole trace; a DataLoader
+    is read by each of them as a whole.
 
     Args:
         data: `Examples`, a pair (inputs, labels), a torch Dataset with a length, or a DataLoader.
@@ -93,10 +97,29 @@ def predict(
     return logits, labels
 
 
-def _said(
-    model: Any, data: Any, batch_size: int, progress: bool, precision: str, engine: Says | None = None
-) -> tuple[Float[Tensor, "exit row cls"], Float[Tensor, "exit row sig"] | None, Int[Tensor, "row"] | None]:
-    """(logits, signals or None, labels or None) on the CPU, rows in the data's order."""
+Said = tuple[Float[Tensor, "exit row cls"], Float[Tensor, "exit row sig"] | None, Int[Tensor, "row"] | None]
+
+
+def _said(model: Any, data: Any, batch_size: int, progress: bool, precision: str, engine: Says | None = None) -> Said:
+    """(logits, signals or None, labels or None) on the CPU, rows in the data's order; of all processes' parts."""
+    together = processes()
+    if together.count == 1 or isinstance(data, DataLoader):
+        return _said_here(model, data, batch_size, progress, precision, engine)
+    mine, said = together.part_of(len(data)), None
+    if len(mine):
+        part = data.select(list(mine)) if isinstance(data, Examples) else Subset(data, mine)
+        said = _said_here(model, part, batch_size, progress and together.first, precision, engine)
+    found = [each for each in together.gather(said) if each is not None]
+    logits, signals, labels = zip(*found, strict=True)
+    return (
+        torch.cat(logits, 1),
+        None if signals[0] is None else torch.cat(signals, 1),
+        None if labels[0] is None else torch.cat(labels),
+    )
+
+
+def _said_here(model: Any, data: Any, batch_size: int, progress: bool, precision: str, engine: Says | None) -> Said:
+    """What this process finds about these rows."""
     if precision not in ("fp32", "bf16"):
         raise ValueRangeError(f"precision is {precision!r}; expected 'fp32' or 'bf16'.")
     loader = as_loader(data, batch_size, bucket=True)

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 from offramp.checkpoints import clear_partial, load, model_digest, restore_optimizer, save
 from offramp.data import Examples
-from offramp.errors import DataError, ValueRangeError
+from offramp.errors import DataError, FormatError
 from offramp.learner import Learner, Phase, check_teacher, phases
 from offramp.loaders import as_data, as_loader, fingerprint
 from offramp.machine import fast_precision
 from offramp.meter import Meter, duration
 from offramp.objectives import DepthWeighted, Objective, objective_to_dict
+from offramp.processes import processes
 from offramp.recipe import EpochReport, Recipe, TrainReport
 from offramp.record import predict
 from offramp.shapes import check_labels
+from offramp.teaching import own_teacher
 
 __all__ = ["train"]
 
@@ -44,6 +46,10 @@ def train(
     model is, or on a GPU when there is one; the model comes back to its device, in its mode, with the same parameters
     trainable as before.
 
+    Several processes that a launcher started (`accelerate launch`) train one model: each takes a part of every batch,
+    gradients are added up, and the first one writes the checkpoint, in a folder that all of them see. BatchNorm sees
+    each process's rows alone; its running values are averaged after every epoch.
+
     Args:
         model: what `attach` returned; `model(inputs)` gives logits [exit batch cls].
         data: `Examples`, a pair (inputs, labels), a torch Dataset with a length, or a DataLoader.
@@ -59,6 +65,7 @@ def train(
         DataError: the data are empty, of no kind that can be used, without labels, or of one class only.
         ShapeError, ValueRangeError: labels do not fit the model, or the loss is no longer finite.
         FormatError: the checkpoint is damaged or belongs to another run.
+        ProcessLost: another process of the run is gone.
     """
     from accelerate import Accelerator
 
@@ -66,12 +73,9 @@ def train(
     _check_rows(data, int(model.classes))  # type: ignore[arg-type]
     stages = phases(objective, recipe)
     teacher = check_teacher(teacher, model, data)
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise ValueRangeError(
-            f"train runs in one process, but {accelerator.num_processes} were launched. Start it with plain `python`."
-        )
-    learner = Learner(model, recipe, accelerator, teacher, _batches_per_epoch(data, recipe))
+    together = processes()
+    accelerator = Accelerator(cpu=together.count > 1 and not torch.cuda.is_available())
+    learner = Learner(model, recipe, accelerator, teacher, _batches_per_epoch(data, recipe), together)
     identity = {
         "recipe": recipe.describe(),
         "objective": objective_to_dict(objective),
@@ -80,11 +84,12 @@ def train(
         "teacher": type(teacher).__name__,
     }
     folder = None if checkpoint is None else Path(checkpoint)
-    if folder is not None:
+    if folder is not None and together.first:
         clear_partial(folder)
     run = _Run(learner, data, None if validation is None else as_data(validation), folder, identity)
-    with learner.borrowed_model():
-        return run.go(stages, resume, progress)
+    with together.told_when_stopped(), learner.borrowed_model():
+        together.agree(model)
+        return run.go(stages, resume, progress and together.first)
 
 
 @dataclass
@@ -121,6 +126,7 @@ class _Run:
         if loaded is not None:
             self.place = _Place(**{**loaded[0], "history": [_epoch(e) for e in loaded[0]["history"]]})
             resumed_from = self.place.step
+        self._check_together()
         with Meter("training", total=self.steps, show=show, done=self.place.step) as self.meter:
             if resumed_from is not None:
                 self.meter.line(f"resuming at step {resumed_from} of {self.steps} from {self.folder}")
@@ -130,9 +136,20 @@ class _Run:
                 if self.place.epoch >= phase.last:
                     continue
                 learner.enter(phase)
-                if loaded is not None and self.place.step > learner.start:
+                begun = loaded is not None and self.place.step > learner.start
+                if loaded is not None and begun:
                     restore_optimizer(learner.optimizer, loaded[1])
                 loaded = None
+                if phase.own_teacher and learner.teacher is None:
+                    self.meter.line("the network as it is now teaches its exits from here on")
+                    learner.teacher = own_teacher(
+                        learner.model.backbone,  # type: ignore[arg-type]
+                        self.data,
+                        self.recipe,
+                        self.folder,
+                        resumed=begun,
+                        keep=learner.together.first,
+                    )
                 while self.place.epoch < phase.last:
                     self._run_epoch()
         return TrainReport(tuple(self.place.history), self.place.step, self.place.total_s, resumed_from)
@@ -166,8 +183,22 @@ class _Run:
             if place.batch < self.learner.per_epoch and self._is_due():
                 self._save()
                 clock = time.perf_counter()
+        self.learner.together.average_buffers(self.learner.model)
         self._end_epoch()
         self._save()
+
+    def _check_together(self) -> None:
+        """Nothing, when every process goes on from the same step.
+
+        Raises:
+            FormatError: they do not; the folder is not the same for all.
+        """
+        steps = self.learner.together.gather(self.place.step)
+        if len(set(steps)) > 1:
+            raise FormatError(
+                f"the processes of this run would go on from different steps ({', '.join(map(str, steps))}); expected "
+                f"one folder that all of them see. {self.folder} is not, or is a leftover on some machine."
+            )
 
     def _end_epoch(self) -> None:
         place = self.place
@@ -201,16 +232,16 @@ class _Run:
         )
 
     def _is_due(self) -> bool:
-        if self.folder is None:
+        if self.folder is None or not self.learner.together.first:
             return False
         if self.recipe.checkpoint_every_steps is not None:
             return self.place.step % self.recipe.checkpoint_every_steps == 0
         return time.perf_counter() - self.saved_at > self.recipe.checkpoint_every_s
 
     def _save(self) -> None:
-        if self.folder is None:
-            return
         learner = self.learner
+        if self.folder is None or not learner.together.first:
+            return
         # The loss of a step is that of the weights before it: without this, ruined weights could replace good ones.
         if not all(torch.isfinite(parameter).all() for parameter in learner.model.parameters()):
             raise learner.diverged("weights are NaN or infinite", self.place.step)

@@ -222,6 +222,12 @@ CASES: dict[str, Case] = {
     "bert": Case(
         _text("BertConfig", "BertForSequenceClassification"), tuple(f"bert.encoder.{n}" for n in LAYERS), names=BERT
     ),
+    "bert_attention": Case(
+        _text("BertConfig", "BertForSequenceClassification"),
+        ("bert.encoder.layer.0",),
+        names=PAIR,
+        head="attention",
+    ),
     "bert_mean": Case(
         _text("BertConfig", "BertForSequenceClassification"), ("bert.encoder.layer.0",), names=PAIR, head="mean"
     ),

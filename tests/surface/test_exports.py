@@ -9,6 +9,7 @@ import offramp
 
 PUBLIC = [
     "AccuracyBins",
+    "Alternating",
     "BEEM",
     "BERxiT",
     "Budget",
@@ -67,6 +68,7 @@ PUBLIC = [
     "ValueRangeError",
     "VectorHead",
     "Voting",
+    "Weighted",
     "ZTW",
     "__version__",
     "attach",

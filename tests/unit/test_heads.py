@@ -30,6 +30,26 @@ def test_convolutions_divide_the_channels_once() -> None:
     assert MapHead(convs=1, divide=4).build((1, 2, 8, 8), 3, PLAIN)(torch.randn(2, 2, 8, 8)).shape == (2, 3)
 
 
+def test_attention_begins_as_the_mean_and_then_follows_its_query() -> None:
+    head = TokenHead("attention").build((1, 4, 6), 3, PLAIN)
+    mean = TokenHead("mean").build((1, 4, 6), 3, PLAIN)
+    mean.linear = head.linear
+    x, mask = torch.randn(2, 4, 6), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    torch.testing.assert_close(head(x, mask), mean(x, mask))
+    torch.testing.assert_close(head(x), mean(x))
+    with torch.no_grad():
+        head.query.copy_(torch.randn(6) * 3)
+    scores = (x @ head.query) / 6**0.5
+    rows = []
+    for row, kept in zip(range(2), (2, 4), strict=True):
+        weights = torch.softmax(scores[row, :kept], 0)
+        rows.append((weights[:, None] * x[row, :kept]).sum(0))
+    torch.testing.assert_close(head(x, mask), head.linear(torch.stack(rows)))
+    assert not torch.allclose(head(x, mask), mean(x, mask), atol=1e-3)
+    with pytest.raises(ShapeError, match="attention mask has shape"):
+        head(x, mask[:, :3])
+
+
 def test_the_mean_counts_the_tokens_that_the_mask_keeps() -> None:
     head = TokenHead("mean").build((1, 4, 6), 3, PLAIN)
     x, mask = torch.randn(2, 4, 6), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])

@@ -40,11 +40,13 @@ def test_metrics_are_those_of_scikit_learn(classes: int, rows: int, seed: int) -
         "balanced-accuracy": sklearn.recall_score(
             truth, said, average="macro", labels=truth.unique().tolist(), zero_division=0
         ),
+        "f1": sklearn.f1_score(truth, said, labels=[classes - 1], average="macro", zero_division=0),
+        "matthews": sklearn.matthews_corrcoef(truth, said),
     }
     for name in METRICS:
         assert metric_of(name, said, truth, classes) == pytest.approx(theirs[name], abs=1e-12)
         low, high = metric_interval(name, said, truth, classes, draws=50)
-        assert 0 <= low <= high <= 1 + 1e-12
+        assert (-1 if name == "matthews" else 0) <= low <= high <= 1 + 1e-12
     parts = sklearn.precision_recall_fscore_support(truth, said, labels=range(classes), zero_division=0)
     ours = class_scores(said, truth, classes)
     for mine, theirs_ in zip((ours.precision, ours.recall, ours.f1, ours.rows), parts, strict=True):

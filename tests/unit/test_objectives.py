@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from offramp.errors import FormatError, ShapeError, ValueRangeError
 from offramp.objectives import (
+    Alternating,
     DepthWeighted,
     Distill,
     EENetLoss,
@@ -16,6 +17,7 @@ from offramp.objectives import (
     SelfDistill,
     TwoStage,
     Uniform,
+    Weighted,
     objective_from_dict,
     objective_to_dict,
 )
@@ -30,6 +32,11 @@ ALL = [
     FinalOnly(),
     TwoStage(),
     TwoStage(first=Uniform(), then=SelfDistill(alpha=0.1), first_share=0.25),
+    TwoStage(then=Distill(weights="uniform"), freeze=False),
+    Weighted((0.5, 0.0, 2.0)),
+    SelfDistill(weights=(1.0, 1.0, 4.0)),
+    Alternating(),
+    Alternating(then=SelfDistill()),
 ]
 
 
@@ -134,7 +141,7 @@ def test_smoothed_labels_are_distributions(objective):
     torch.testing.assert_close(hard, soft)
 
 
-@pytest.mark.parametrize("objective", ALL, ids=repr)
+@pytest.mark.parametrize("objective", [one for one in ALL if "weights=(" not in repr(one)], ids=repr)
 def test_one_exit_is_enough_and_half_precision_is_summed_in_float(objective):
     logits, labels = drawn(exits=1)
     loss = objective(logits.detach().bfloat16(), labels, progress=0.9, teacher=torch.randn(5, 4))
@@ -183,3 +190,56 @@ def test_labels_of_another_batch_are_refused():
     logits, _ = drawn()
     with pytest.raises((ShapeError, TypeError)):
         DepthWeighted()(logits, torch.zeros(4, dtype=torch.int64), progress=0.0)
+
+
+def test_weights_of_exits_by_hand():
+    logits, labels = drawn()
+    one, two, three = ce(logits, labels)
+    assert float(Weighted((0.5, 0.0, 2.0))(logits, labels)) == pytest.approx((0.5 * one + 2 * three) / 2.5)
+    depth = float(DepthWeighted()(logits, labels))
+    assert float(Weighted((1.0, 2.0, 3.0))(logits, labels)) == pytest.approx(depth)
+    teacher = torch.randn(5, 4, generator=torch.Generator().manual_seed(3))
+    each = [0.3 * c + 0.7 * 4 * kl(teacher, one, 2.0) for c, one in zip((one, two, three), logits, strict=True)]
+    for weights, shares in (("depth", (1, 2, 3)), ("uniform", (1, 1, 1)), ((0.0, 1.0, 0.5), (0, 1, 0.5))):
+        expected = sum(w * value for w, value in zip(shares, each, strict=True)) / sum(shares)
+        said = Distill(weights=weights)(logits, labels, teacher=teacher)
+        assert float(said) == pytest.approx(expected, rel=1e-5), weights
+
+
+@pytest.mark.parametrize("given", [(), (-1.0, 2.0), (0.0, 0.0), "deep", (float("nan"), 1.0), (True, 1.0), None, 3.0])
+@pytest.mark.parametrize("kind", [Weighted, Distill, SelfDistill])
+def test_weights_that_cannot_be(kind, given):
+    with pytest.raises(ValueRangeError, match=f"{kind.__name__}.weights"):
+        kind(weights=given)
+
+
+def test_words_for_weights_are_not_for_weighted():
+    with pytest.raises(ValueRangeError, match="expected a number for each exit"):
+        Weighted("depth")
+
+
+def test_weights_are_one_for_each_exit():
+    logits, labels = drawn()
+    with pytest.raises(ShapeError, match="2 weights for 3 exits"):
+        Weighted((1.0, 2.0))(logits, labels)
+
+
+def test_objectives_in_turns():
+    turns = Alternating(FinalOnly(), Uniform())
+    assert [type(turns.at(step)) for step in range(4)] == [FinalOnly, Uniform, FinalOnly, Uniform]
+    logits, labels = drawn()
+    both = FinalOnly()(logits, labels) + Uniform()(logits, labels)
+    assert float(turns(logits, labels)) == pytest.approx(float(both) / 2)
+    for wrong in (TwoStage(), Alternating(), 3):
+        with pytest.raises(ValueRangeError, match="Alternating.first"):
+            Alternating(first=wrong)
+    with pytest.raises(ValueRangeError, match="trains no head"):
+        Alternating(then=FinalOnly())
+
+
+def test_what_teaches_itself():
+    assert TwoStage(then=Distill(), freeze=False).teaches_itself
+    assert not TwoStage(then=Distill()).teaches_itself
+    assert not TwoStage(freeze=False).teaches_itself
+    with pytest.raises(ValueRangeError, match="TwoStage.freeze"):
+        TwoStage(freeze=1)

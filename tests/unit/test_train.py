@@ -10,7 +10,17 @@ from torch.utils.data import DataLoader, TensorDataset
 from offramp.checkpoints import FILE
 from offramp.data import Examples
 from offramp.errors import DataError, FormatError, ShapeError, ValueRangeError
-from offramp.objectives import DepthWeighted, Distill, EENetLoss, FinalOnly, SelfDistill, TwoStage, Uniform
+from offramp.objectives import (
+    Alternating,
+    DepthWeighted,
+    Distill,
+    EENetLoss,
+    FinalOnly,
+    SelfDistill,
+    TwoStage,
+    Uniform,
+    Weighted,
+)
 from offramp.recipe import Recipe
 from offramp.record import predict, record
 from offramp.train import train
@@ -44,7 +54,19 @@ class Stopping:
 
 
 @pytest.mark.parametrize(
-    "objective", [DepthWeighted(), Uniform(), EENetLoss(), SelfDistill(), FinalOnly(), TwoStage()], ids=repr
+    "objective",
+    [
+        DepthWeighted(),
+        Uniform(),
+        Weighted((2.0, 1.0, 1.0)),
+        EENetLoss(),
+        SelfDistill(),
+        FinalOnly(),
+        Alternating(),
+        TwoStage(),
+        TwoStage(then=Distill(), freeze=False),
+    ],
+    ids=repr,
 )
 def test_every_objective_learns(objective):
     model, data = made(), rows()
@@ -151,7 +173,11 @@ def test_a_teacher_is_a_model_or_its_logits():
 
 
 @pytest.mark.parametrize("stop", [16 * 3 + 1, 16 * 7 + 3, 16 * 12])
-@pytest.mark.parametrize("objective", [DepthWeighted(), TwoStage()], ids=["joint", "stages"])
+@pytest.mark.parametrize(
+    "objective",
+    [DepthWeighted(), TwoStage(), Alternating(), TwoStage(then=Distill(), freeze=False)],
+    ids=["joint", "stages", "turns", "own teacher"],
+)
 def test_a_stopped_run_ends_where_it_would_have_ended(tmp_path, stop, objective):
     x, y = rows()
     whole = made()

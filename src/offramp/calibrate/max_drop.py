@@ -25,7 +25,7 @@ class MaxDrop:
 
     Args:
         drop: in parts of one: 0.01 is one point.
-        metric: "accuracy", "balanced-accuracy" or "macro-f1".
+        metric: one of `offramp.metrics.METRICS`, e.g. "macro-f1".
 
     Raises:
         ValueRangeError: the drop is no number from 0 to 1, or the metric is unknown.

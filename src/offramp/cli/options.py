@@ -107,6 +107,8 @@ class Metric(StrEnum):
     accuracy = "accuracy"
     balanced_accuracy = "balanced-accuracy"
     macro_f1 = "macro-f1"
+    f1 = "f1"
+    matthews = "matthews"
 
 
 class RiskLoss(StrEnum):
@@ -143,6 +145,8 @@ class Loss(StrEnum):
     self_distill = "self-distill"
     final_only = "final-only"
     two_stage = "two-stage"
+    alternating = "alternating"
+    plain_first = "plain-first"
 
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `offramp train` wrote.")]
@@ -332,5 +336,7 @@ def objective_of(loss: Loss) -> "Objective":
         Loss.self_distill: o.SelfDistill(),
         Loss.final_only: o.FinalOnly(),
         Loss.two_stage: o.TwoStage(),
+        Loss.alternating: o.Alternating(),
+        Loss.plain_first: o.TwoStage(o.FinalOnly(), o.Distill(), freeze=False),
     }
     return made[loss]

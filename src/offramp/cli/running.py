@@ -95,7 +95,9 @@ def record(
             model, work.load(name, tokenizer), batch_size=batch_size, progress=not is_quiet(), engine=runs
         )
         trace = dataclasses.replace(trace, source=f"{work.name} {name}")
-        path = trace.save(out or trace_path(run, name))
+        path = out or trace_path(run, name)
+        if is_first():
+            trace.save(path)
         written.append((path, trace))
     values = [
         {"out": str(path), "source": trace.source, "exits": trace.exits, "rows": trace.rows,

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = [
-    "as_json", "compared", "compared_rows", "is_quiet", "line", "note", "percent", "percents", "result", "set_quiet",
-    "table",
+    "as_json", "compared", "compared_rows", "is_first", "is_quiet", "line", "note", "percent", "percents", "result",
+    "set_quiet", "table",
 ]  # fmt: skip
 
 _QUIET = [False]
@@ -20,9 +21,14 @@ def line(text: str) -> None:
     print(text)
 
 
+def is_first() -> bool:
+    """Whether this process tells what happens and writes results, where a launcher started several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) < 2 or os.environ.get("RANK", "0") == "0"
+
+
 def set_quiet(quiet: bool) -> None:
     """Nothing; from now on only warnings and errors are on standard error, and no progress."""
-    _QUIET[:] = [quiet]
+    _QUIET[:] = [quiet or not is_first()]
 
 
 def is_quiet() -> bool:
@@ -43,6 +49,8 @@ def as_json(value: Any) -> str:
 
 def result(value: Mapping[str, Any], lines: Iterable[str], json_out: bool) -> None:
     """Nothing; the result is on standard output, as JSON or as lines for a person."""
+    if not is_first():
+        return
     if json_out:
         line(as_json(value))
         return

@@ -20,7 +20,7 @@ from offramp.cli.options import (
     objective_of,
     usage,
 )
-from offramp.cli.show import is_quiet, note, percent, result
+from offramp.cli.show import is_first, is_quiet, note, percent, result
 
 if TYPE_CHECKING:
     from offramp.jobs import Job
@@ -178,6 +178,8 @@ def _go(
         resume=resume,
         progress=not is_quiet(),
     )
+    if not is_first():
+        return
     before = _weights_of(out)
     save_run(out, what, options, network, report, objective=work.objective, recipe=work.recipe, own=own)
     if before not in (None, _weights_of(out)) and (old := made_from(out)):

@@ -42,7 +42,7 @@ class Eager(Staged):
         self._stages: Stages = model.stages()
         self._cut()
         # several heads average over the same tokens
-        self._shares = any(isinstance(head, Head) and head.takes_mask for head in model.heads)
+        self._shares = any(isinstance(head, Head) and head.averages for head in model.heads)
 
     def _precise(self) -> Any:
         return torch.autocast(self._kind, torch.bfloat16) if self._autocast else contextlib.nullcontext()

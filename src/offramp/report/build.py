@@ -48,7 +48,7 @@ def build_report(
         unused: live runs where every exit is visited and none taken.
         labels: names of the classes; numbers without them.
         taps: modules that the exits are behind.
-        metric: accuracy, balanced-accuracy or macro-f1.
+        metric: one of `offramp.metrics.METRICS`.
         title, examples, parts, notes, command: see `Report`.
 
     Raises:

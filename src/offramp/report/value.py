@@ -121,7 +121,7 @@ class Report:
     Args:
         title: for readers.
         labels: names of the classes.
-        metric: what `value` and `plain` are: accuracy, balanced-accuracy or macro-f1.
+        metric: what `value` and `plain` are: one of `offramp.metrics.METRICS`.
         plain: the metric of the model without exits on the test rows, with its interval.
         exits: each exit alone.
         curve: policies of every family over budgets.

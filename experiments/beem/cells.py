@@ -1,0 +1,184 @@
+"""One training of BEEM's table or of the ablation: a task, a variant and a seed, in a process of its own.
+
+    python experiments/beem/cells.py rte plain-first 0 --data DIR
+
+Writes runs/beem/TASK-VARIANT-SEED/{model.safetensors,trace.safetensors,cell.json}. Given again after a stop, it goes
+on; a finished one is not trained again.
+"""
+
+import argparse
+import hashlib
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp import (
+    Alternating,
+    DepthWeighted,
+    Distill,
+    Examples,
+    FinalOnly,
+    Recipe,
+    SelfDistill,
+    TokenHead,
+    TwoStage,
+    Uniform,
+    Weighted,
+    attach,
+    record,
+    train,
+)  # fmt: skip
+from offramp.artefacts import write_json
+from offramp.machine import machine_line, versions
+from offramp.objectives import Objective
+from offramp.splits import stratified_split
+from offramp.tasks import TEXT_TASKS, load_text, minilm
+
+LAYERS = 6
+ROWS = {"sst2": 20_000}  # of the training set; the others are taken whole
+EPOCHS = {"sst2": 2, "sst2-full": 2}  # 3 for the others
+HELD_OUT = {"mrpc": "test"}
+LENGTH = {"rte": 128, "qnli": 128, "mrpc": 128}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a network is trained.
+
+    Args:
+        objective: what is minimised.
+        head: of every exit.
+        recipe: what differs from the common recipe.
+        layers: of the network; fewer than six is a static network, of which the mean head behind its last layer counts.
+        epochs: times as many as the others.
+    """
+
+    objective: Objective
+    head: Any = "mean"
+    recipe: tuple[tuple[str, Any], ...] = ()
+    layers: int = LAYERS
+    epochs: float = 1.0
+
+
+SELF_TAUGHT = TwoStage(FinalOnly(), Distill(), freeze=False, first_share=0.34)
+VARIANTS: dict[str, Variant] = {
+    "plain": Variant(FinalOnly()),
+    **{f"static-{k}": Variant(Weighted((1.0, 0.0)), layers=k) for k in (2, 3, 4)},
+    "depth": Variant(DepthWeighted()),
+    "uniform": Variant(Uniform()),
+    "self-distill": Variant(SelfDistill()),
+    "plain-first": Variant(SELF_TAUGHT),
+    "plain-first-uniform": Variant(TwoStage(FinalOnly(), Distill(weights="uniform"), freeze=False, first_share=0.34)),
+    "heads-after": Variant(TwoStage(FinalOnly(), DepthWeighted(), first_share=0.67)),
+    "alternating": Variant(Alternating()),
+    "equilibrium": Variant(DepthWeighted(), recipe=(("gradients", "equilibrium"),)),
+    "detached": Variant(DepthWeighted(), recipe=(("gradients", "detached"),)),
+    "layer-decay": Variant(DepthWeighted(), recipe=(("layer_decay", 0.85),)),
+    "attention": Variant(DepthWeighted(), head=TokenHead("attention")),
+    "own-pooler": Variant(DepthWeighted(), head=TokenHead("mean", pooler="own")),
+    "longer": Variant(DepthWeighted(), epochs=2.0),
+}
+
+
+def rows_of(task: str, data: Path, tokenizer: Any) -> tuple[Examples, Examples]:
+    """(training rows, rows that training never sees)."""
+    name = task.removesuffix("-full")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of rows that are cut, which cell.json counts
+        load: Callable[[str], Examples] = lambda split: load_text(  # noqa: E731
+            name, data, split, tokenizer, max_length=LENGTH.get(name, 64)
+        )
+        if name == "qnli":  # only its validation rows are here
+            whole = load("validation")
+            train_rows, held_out = (whole.select(part) for part in stratified_split(whole.labels, (0.6, 0.4)))
+        else:
+            train_rows, held_out = load("train"), load(HELD_OUT.get(name, "validation"))
+    limit = ROWS.get(task)
+    if limit is not None:
+        picked = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(0))[:limit]
+        train_rows = train_rows.select(picked.sort().values)
+    return train_rows, held_out
+
+
+def network_of(task: str, variant: Variant, seed: int) -> tuple[Any, Any]:
+    """(the network with its exits, the tokenizer)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network, tokenizer = minilm(len(TEXT_TASKS[task.removesuffix("-full")][1]))
+        network.bert.encoder.layer = network.bert.encoder.layer[: variant.layers]
+        network.config.num_hidden_layers = variant.layers
+        example = dict(tokenizer(["a first sentence", "and another one"], padding=True, return_tensors="pt"))
+        taps = range(LAYERS - 1) if variant.layers == LAYERS else [variant.layers - 1]
+        at = tuple(f"bert.encoder.layer.{i}" for i in taps)
+        return attach(network, at=at, head=variant.head, example=example), tokenizer
+
+
+def folder_of(task: str, name: str, seed: int, runs: Path) -> Path:
+    return runs / f"{task}-{name}-{seed}"
+
+
+def cell(task: str, name: str, seed: int, data: Path, runs: Path, *, progress: bool = True) -> dict[str, Any]:
+    """What came of one training; see the file's head."""
+    folder, variant = folder_of(task, name, seed, runs), VARIANTS[name]
+    told = folder / "cell.json"
+    if told.exists():
+        return json.loads(told.read_text(encoding="utf-8"))
+    model, tokenizer = network_of(task, variant, seed)
+    train_rows, held_out = rows_of(task, data, tokenizer)
+    common = Recipe(epochs=round(EPOCHS.get(task, 3) * variant.epochs), batch_size=32, lr=5e-5, head_lr=1e-3, seed=seed)
+    recipe = replace(common, **dict(variant.recipe))
+    report = train(
+        model, train_rows, objective=variant.objective, recipe=recipe, validation=held_out,
+        checkpoint=folder / "checkpoint", progress=progress,
+    )  # fmt: skip
+    trace = record(model, held_out, progress=False)
+    trace.save(folder / "trace.safetensors", half=True)
+    value = {
+        "task": task, "variant": name, "seed": seed, "accuracy": trace.accuracy(), "rows": len(train_rows),
+        "held_out": len(held_out), "cut": train_rows.truncated + held_out.truncated, "recipe": recipe.describe(),
+        "objective": repr(variant.objective), "head": repr(variant.head), "layers": variant.layers,
+        "seconds": report.seconds, "samples_per_s": report.samples_per_s, "threads": torch.get_num_threads(),
+        "machine": machine_line(), "versions": versions(),
+        "data": {"train": train_rows.fingerprint(), "held_out": held_out.fingerprint()},
+        "weights_sha256": _weights(model, folder),
+    }  # fmt: skip
+    write_json(told, value)
+    (folder / "checkpoint" / "train.safetensors").unlink(missing_ok=True)
+    (folder / "checkpoint" / "teacher.safetensors").unlink(missing_ok=True)
+    return value
+
+
+def _weights(model: Any, folder: Path) -> str:
+    """The checksum of the weights, which are kept beside the trace."""
+    from safetensors.torch import save_file
+
+    from offramp.artefacts import write_atomically
+    from offramp.checkpoints import named_tensors
+
+    tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(model)}
+    path = write_atomically(folder / "model.safetensors", lambda partial: save_file(tensors, partial))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task")
+    parser.add_argument("variant", choices=VARIANTS)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs/beem"))
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    value = cell(options.task, options.variant, options.seed, options.data, options.runs)
+    told = " ".join(f"{100 * each:.1f}" for each in value["accuracy"])
+    print(f"{options.task} {options.variant} {options.seed}: {told}; {value['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
