@@ -38,7 +38,7 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
-        return tensor.view_as(tensor)
+        return tensor.clone()  # no view: the backbone may write into it (ReLU(inplace=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -61,9 +61,8 @@ def own_teacher(
     alone = _Alone(teacher)
     if not isinstance(data, Examples) or recipe.augment is not None:
         return alone
-    return predict(alone, data, batch_size=max(64, recipe.batch_size), precision=recipe.precision, progress=progress)[
-        0
-    ][0]
+    logits, _ = predict(alone, data, batch_size=max(64, recipe.batch_size), precision=recipe.precision)
+    return logits[0]
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -76,20 +76,25 @@ def train(
     together = processes()
     accelerator = Accelerator(cpu=together.count > 1 and not torch.cuda.is_available())
     learner = Learner(model, recipe, accelerator, teacher, _batches_per_epoch(data, recipe), together)
-    identity = {
-        "recipe": recipe.describe(),
-        "objective": objective_to_dict(objective),
-        "model": model_digest(model),
-        "data": fingerprint(data),
-        "teacher": type(teacher).__name__,
-    }
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None and together.first:
         clear_partial(folder)
+    identity = _identity(learner, objective, data)
     run = _Run(learner, data, None if validation is None else as_data(validation), folder, identity)
     with together.told_when_stopped(), learner.borrowed_model():
         together.agree(model)
         return run.go(stages, resume, progress and together.first)
+
+
+def _identity(learner: Learner, objective: Objective, data: Any) -> dict[str, Any]:
+    """By which a checkpoint is known to be of the same run."""
+    return {
+        "recipe": learner.recipe.describe(),
+        "objective": objective_to_dict(objective),
+        "model": model_digest(learner.model),
+        "data": fingerprint(data),
+        "teacher": type(learner.teacher).__name__,
+    }
 
 
 @dataclass
