@@ -2,8 +2,8 @@
 
     python experiments/beem/cells.py rte plain-first 0 --data DIR
 
-Writes runs/beem/TASK-VARIANT-SEED/{model.safetensors,trace.safetensors,cell.json}. Given again after a stop, it goes
-on; a finished one is not trained again.
+Writes runs/beem/TASK-VARIANT-SEED/{model.safetensors,trace.safetensors,costs.json,cell.json}. Given again after a
+stop, it goes on; a finished one is not trained again.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from offramp import (
     Uniform,
     Weighted,
     attach,
+    measure,
     record,
     train,
 )  # fmt: skip
@@ -138,6 +139,7 @@ def cell(task: str, name: str, seed: int, data: Path, runs: Path, *, progress: b
     )  # fmt: skip
     trace = record(model, held_out, progress=False)
     trace.save(folder / "trace.safetensors", half=True)
+    measure(model, held_out.batch(torch.arange(32)).inputs, batch_sizes=()).save(folder / "costs.json")
     value = {
         "task": task, "variant": name, "seed": seed, "accuracy": trace.accuracy(), "rows": len(train_rows),
         "held_out": len(held_out), "cut": train_rows.truncated + held_out.truncated, "recipe": recipe.describe(),

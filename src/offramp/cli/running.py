@@ -24,7 +24,7 @@ from offramp.cli.options import (
     split_name,
     whole_numbers,
 )
-from offramp.cli.show import compared, is_quiet, line, note, percent, percents, result, table
+from offramp.cli.show import compared, is_first, is_quiet, line, note, percent, percents, result, table
 
 if TYPE_CHECKING:
     from offramp.quickstart import QuickResult
