@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -21,7 +21,7 @@ from offramp.units import fingerprint, precision_of
 #: What keeps threads from taking the cores from others; OpenMP reads it when it is loaded.
 BESIDE = " (beside other work, set OMP_WAIT_POLICY=PASSIVE before Python starts)"
 
-__all__ = ["Bound", "Engine", "Frozen", "Staged", "Visit", "WholeRun", "in_turn"]
+__all__ = ["Bound", "Engine", "Frozen", "Staged", "Visit", "WholeRun"]
 
 
 class Visit(NamedTuple):
@@ -217,7 +217,7 @@ class Staged(Engine):
             if after is None or not bool(on.any()):
                 break
             carry, exits = after if bool(on.all()) else after.select(on), exits[on]
-        return partial(in_turn, calls)
+        return lambda: [call() for call in calls]
 
     def parts(self, inputs: Inputs, policy: Policy) -> dict[str, Callable[[], object]]:
         """What `measure` times."""
@@ -261,12 +261,6 @@ class _BoundStages:
         else:
             seen = _picked(policy, engine.model.signals, *engine.head(k, tap, after, self.signals))
         return Visit(policy.step(k, seen, policy.init(seen) if state is None else state), after)
-
-
-def in_turn(calls: Iterable[Callable[[], object]]) -> None:
-    """Nothing; each was called, and what it gave was let go before the next, as in a live run."""
-    for call in calls:
-        call()
 
 
 def _decided(policy: Policy, k: int, seen: Evidence, state: State) -> int:

@@ -1,7 +1,6 @@
 """Stages in onnxruntime: one session for each visited exit with the policy's step inside, or one file for all."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from offramp.engines.base import Frozen, Visit, in_turn
+from offramp.engines.base import Frozen, Visit
 from offramp.errors import NotStageable, first_line
 from offramp.inputs import Inputs
 from offramp.model import ExitModel
@@ -146,7 +145,7 @@ class OnnxStages(Frozen):
             values = tuple(torch.from_numpy(value) for value in out[: len(graph.leaves)])
             after = self._stages.after(graph.k, carry, values)
             carry, exits = after if bool(on.all()) else after.select(on), exits[on]
-        return partial(in_turn, list(found.values()))
+        return lambda: [call() for call in found.values()]
 
     def _apart(self) -> list[tuple[StageGraph, tuple[Any, Any]]]:
         """The stages, each with (itself without its head, its head alone)."""
