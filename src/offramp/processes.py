@@ -155,6 +155,8 @@ def _together() -> Iterator[None]:
     """A block in which all processes take part."""
     try:
         yield
+    except ProcessLost:  # said by the signal's handler
+        raise
     except RuntimeError as error:  # gloo and nccl say it in many ways
         ENDING.set()
         why = re.sub(r"^\[[^\]]*\]\s*", "", first_line(error, 300)).partition(". ")[0]

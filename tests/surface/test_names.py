@@ -1,4 +1,4 @@
-"""Every name that a function looks up when it runs is there: the linters cannot say, since axis words look like names."""
+"""Every name that a function looks up when it runs is there. The linters do not say: axis words look like names."""
 
 import builtins
 import dis
