@@ -143,6 +143,7 @@ class Processes:
                 ENDING.set()
                 raise ProcessLost(LOST.format(why="the launcher ended this process"))
 
+        ENDING.clear()  # an earlier run in this process may have ended so
         before = signal.signal(signal.SIGTERM, stop)
         try:
             yield

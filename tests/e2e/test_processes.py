@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from offramp import ExitTrace
+
 SCRIPT = """
 import json, sys, warnings
 import torch
@@ -107,6 +109,28 @@ def test_a_killed_process_ends_the_run_and_the_run_goes_on(tmp_path: Path) -> No
     assert again["resumed"], "it began anew"
     assert again["losses"] == pytest.approx(whole["losses"], rel=1e-3)
     torch.testing.assert_close(torch.tensor(again["logits"]), torch.tensor(whole["logits"]), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.timeout(500)
+def test_the_command_line_trains_and_records_in_two_processes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+        "-m", "offramp",
+    ]  # fmt: skip
+    alone = [sys.executable, "-m", "offramp"]
+    for words in (
+        [*launch, "train", "digits", "--epochs", "1", "--limit", "200", "--out", str(run)],
+        [*launch, "record", str(run), "--split", "test"],
+        [*alone, "record", str(run), "--split", "test", "--out", str(tmp_path / "alone.safetensors")],
+    ):
+        made = subprocess.run(words, capture_output=True, text=True, timeout=240, env=environment(), check=False)
+        assert made.returncode == 0, made.stderr[-3000:]
+        assert made.stdout.count("wrote ") == 1, made.stdout  # one process tells
+    together, one = (ExitTrace.load(path) for path in (run / "test.safetensors", tmp_path / "alone.safetensors"))
+    torch.testing.assert_close(together.logits, one.logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(together.known_labels("this"), one.known_labels("this"))
+    assert together.ids == one.ids
 
 
 def children(pid: int) -> list[int]:
