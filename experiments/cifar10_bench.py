@@ -23,7 +23,7 @@ from offramp.bench.page import write_page
 from offramp.checkpoints import named_tensors
 from offramp.data import Examples
 from offramp.splits import stratified_split
-from offramp.tasks import load_cifar10
+from offramp.tasks import load_images
 
 ROWS = 2000
 WEIGHTS = "model.safetensors"
@@ -40,7 +40,7 @@ def heads_trained(data: Path, out: Path) -> None:
     """Nothing; the weights are in the folder."""
     model = model_of(data)
     recipe = Recipe(epochs=2, batch_size=128, lr=5e-3, schedule="cosine", frozen="backbone", seed=0)
-    train(model, load_cifar10(data, "train"), recipe=recipe, checkpoint=out / "checkpoint")
+    train(model, load_images("cifar10", data, "train"), recipe=recipe, checkpoint=out / "checkpoint")
     tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(model)}
     write_atomically(out / WEIGHTS, lambda path: save_file(tensors, path))
 
@@ -52,7 +52,7 @@ def subject(data: str, out: str) -> Subject:
     with torch.no_grad():
         for name, tensor in named_tensors(model):
             tensor.copy_(saved[name])
-    rows: Examples = load_cifar10(data, "test")
+    rows: Examples = load_images("cifar10", data, "test")
     fit, test = (rows.select(part[:ROWS]) for part in stratified_split(rows.labels, (0.5, 0.5)))
     return Subject(model, test, fit, title="ResNet-56, CIFAR-10")
 

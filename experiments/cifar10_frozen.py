@@ -13,7 +13,7 @@ import torch
 from offramp import DepthWeighted, MapHead, Recipe, attach, learn_certainty, measure, record, train
 from offramp.augment import CropFlip
 from offramp.demo import resnet56
-from offramp.tasks import load_cifar10
+from offramp.tasks import load_images
 
 
 def frozen_resnet56(weights: Path) -> torch.nn.Module:
@@ -39,13 +39,13 @@ def main() -> None:
         epochs=options.epochs, batch_size=128, lr=5e-3, schedule="cosine", weight_decay=1e-2, channels_last=True,
         augment=CropFlip(), frozen="backbone", seed=0,
     )  # fmt: skip
-    rows = load_cifar10(options.data, "train")
+    rows = load_images("cifar10", options.data, "train")
     report = train(
         model, rows, objective=DepthWeighted(), recipe=recipe,
         checkpoint=options.out / "checkpoint",
     )  # fmt: skip
     learn_certainty(model, rows, batch_size=256)
-    record(model, load_cifar10(options.data, "test"), batch_size=250).save(options.out / "test.safetensors")
+    record(model, load_images("cifar10", options.data, "test"), batch_size=250).save(options.out / "test.safetensors")
     measure(model, torch.zeros(2, 3, 32, 32)).save(options.out / "costs.json")
     (options.out / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
 

@@ -9,6 +9,7 @@ stop, it goes on; a finished one is not trained again.
 import argparse
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from offramp import (
     Alternating,
@@ -27,23 +29,23 @@ from offramp import (
     SelfDistill,
     TokenHead,
     TwoStage,
-    Uniform,
     Weighted,
     attach,
     measure,
     record,
     train,
 )  # fmt: skip
-from offramp.artefacts import write_json
+from offramp.artefacts import write_atomically, write_json
+from offramp.checkpoints import named_tensors
 from offramp.machine import machine_line, versions
 from offramp.objectives import Objective
+from offramp.record import predict
 from offramp.splits import stratified_split
 from offramp.tasks import TEXT_TASKS, load_text, minilm
 
 LAYERS = 6
 ROWS = {"sst2": 20_000}  # of the training set; the others are taken whole
 EPOCHS = {"sst2": 2, "sst2-full": 2}  # 3 for the others
-HELD_OUT = {"mrpc": "test"}
 LENGTH = {"rte": 128, "qnli": 128, "mrpc": 128}
 
 
@@ -57,6 +59,7 @@ class Variant:
         recipe: what differs from the common recipe.
         layers: of the network; fewer than six is a static network, of which the mean head behind its last layer counts.
         epochs: times as many as the others.
+        after: the variant whose finished network this one begins with, and which then is the teacher.
     """
 
     objective: Objective
@@ -64,25 +67,41 @@ class Variant:
     recipe: tuple[tuple[str, Any], ...] = ()
     layers: int = LAYERS
     epochs: float = 1.0
+    after: str | None = None
 
 
-SELF_TAUGHT = TwoStage(FinalOnly(), Distill(), freeze=False, first_share=0.34)
+BUDGET = (0.5, 1.0, 1.5, 1.5, 1.0, 1.5)  # exits that leave rows under budgets of 40 to 60 %, and the last
+PLAIN_FIRST = TwoStage(FinalOnly(), Distill(), freeze=False, first_share=0.34)
+
+
+def _taught(objective: Objective, **other: Any) -> Variant:
+    """Exits put on a fine-tuned network, which is the teacher too, and half as many epochs for everything."""
+    recipe = tuple((key, other.pop(key)) for key in ("gradients", "layer_decay") if key in other)
+    return Variant(objective, **{"recipe": recipe, "after": "plain", "epochs": 0.5, **other})
+
+
 VARIANTS: dict[str, Variant] = {
     "plain": Variant(FinalOnly()),
     **{f"static-{k}": Variant(Weighted((1.0, 0.0)), layers=k) for k in (2, 3, 4)},
+    # from the pretrained network, as the papers do
     "depth": Variant(DepthWeighted()),
-    "uniform": Variant(Uniform()),
-    "self-distill": Variant(SelfDistill()),
-    "plain-first": Variant(SELF_TAUGHT),
-    "plain-first-uniform": Variant(TwoStage(FinalOnly(), Distill(weights="uniform"), freeze=False, first_share=0.34)),
-    "heads-after": Variant(TwoStage(FinalOnly(), DepthWeighted(), first_share=0.67)),
-    "alternating": Variant(Alternating()),
-    "equilibrium": Variant(DepthWeighted(), recipe=(("gradients", "equilibrium"),)),
-    "detached": Variant(DepthWeighted(), recipe=(("gradients", "detached"),)),
-    "layer-decay": Variant(DepthWeighted(), recipe=(("layer_decay", 0.85),)),
-    "attention": Variant(DepthWeighted(), head=TokenHead("attention")),
-    "own-pooler": Variant(DepthWeighted(), head=TokenHead("mean", pooler="own")),
-    "longer": Variant(DepthWeighted(), epochs=2.0),
+    "longer": Variant(DepthWeighted(), epochs=1.5),
+    "plain-first": Variant(PLAIN_FIRST, epochs=1.5),
+    "heads-after": Variant(DepthWeighted(), after="plain", epochs=0.5, recipe=(("frozen", "backbone"),)),
+    # from the fine-tuned network, as a user has it; one thing at a time differs from "taught"
+    "taught": _taught(Distill()),
+    "taught-labels": _taught(DepthWeighted()),
+    "taught-pure": _taught(Distill(alpha=0.0)),
+    "taught-self": _taught(SelfDistill()),
+    "taught-uniform": _taught(Distill(weights="uniform")),
+    "taught-budget": _taught(Distill(weights=BUDGET)),
+    "taught-alternating": _taught(Alternating(then=Distill())),
+    "taught-equilibrium": _taught(Distill(), gradients="equilibrium"),
+    "taught-detached": _taught(Distill(), gradients="detached"),
+    "taught-layer-decay": _taught(Distill(), layer_decay=0.85),
+    "taught-attention": _taught(Distill(), head=TokenHead("attention")),
+    "taught-pooler": _taught(Distill(), head=TokenHead("mean", pooler="own")),
+    "taught-longer": _taught(Distill(), epochs=1.0),
 }
 
 
@@ -98,7 +117,7 @@ def rows_of(task: str, data: Path, tokenizer: Any) -> tuple[Examples, Examples]:
             whole = load("validation")
             train_rows, held_out = (whole.select(part) for part in stratified_split(whole.labels, (0.6, 0.4)))
         else:
-            train_rows, held_out = load("train"), load(HELD_OUT.get(name, "validation"))
+            train_rows, held_out = load("train"), load(TEXT_TASKS[name].held_out)
     limit = ROWS.get(task)
     if limit is not None:
         picked = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(0))[:limit]
@@ -110,13 +129,17 @@ def network_of(task: str, variant: Variant, seed: int) -> tuple[Any, Any]:
     """(the network with its exits, the tokenizer)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network, tokenizer = minilm(len(TEXT_TASKS[task.removesuffix("-full")][1]))
+        network, tokenizer = minilm(len(TEXT_TASKS[task.removesuffix("-full")].classes))
         network.bert.encoder.layer = network.bert.encoder.layer[: variant.layers]
         network.config.num_hidden_layers = variant.layers
         example = dict(tokenizer(["a first sentence", "and another one"], padding=True, return_tensors="pt"))
         taps = range(LAYERS - 1) if variant.layers == LAYERS else [variant.layers - 1]
         at = tuple(f"bert.encoder.layer.{i}" for i in taps)
         return attach(network, at=at, head=variant.head, example=example), tokenizer
+
+
+def epochs_of(task: str, variant: Variant) -> int:
+    return max(1, math.ceil(EPOCHS.get(task, 3) * variant.epochs))
 
 
 def folder_of(task: str, name: str, seed: int, runs: Path) -> Path:
@@ -131,10 +154,14 @@ def cell(task: str, name: str, seed: int, data: Path, runs: Path, *, progress: b
         return json.loads(told.read_text(encoding="utf-8"))
     model, tokenizer = network_of(task, variant, seed)
     train_rows, held_out = rows_of(task, data, tokenizer)
-    common = Recipe(epochs=round(EPOCHS.get(task, 3) * variant.epochs), batch_size=32, lr=5e-5, head_lr=1e-3, seed=seed)
+    common = Recipe(epochs=epochs_of(task, variant), batch_size=32, lr=5e-5, head_lr=1e-3, seed=seed)
     recipe = replace(common, **dict(variant.recipe))
+    teacher = None
+    if variant.after is not None:
+        _begin_with(model, folder_of(task, variant.after, seed, runs))
+        teacher = predict(model, train_rows, batch_size=64)[0][-1]
     report = train(
-        model, train_rows, objective=variant.objective, recipe=recipe, validation=held_out,
+        model, train_rows, objective=variant.objective, recipe=recipe, teacher=teacher, validation=held_out,
         checkpoint=folder / "checkpoint", progress=progress,
     )  # fmt: skip
     trace = record(model, held_out, progress=False)
@@ -155,13 +182,19 @@ def cell(task: str, name: str, seed: int, data: Path, runs: Path, *, progress: b
     return value
 
 
+def _begin_with(model: Any, folder: Path) -> None:
+    """The backbone of a finished cell."""
+    if not (folder / "cell.json").exists():
+        raise SystemExit(f"{folder} is not trained yet; train it first")
+    saved = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        for name, tensor in named_tensors(model):
+            if name.startswith("backbone."):
+                tensor.copy_(saved[name])
+
+
 def _weights(model: Any, folder: Path) -> str:
     """The checksum of the weights, which are kept beside the trace."""
-    from safetensors.torch import save_file
-
-    from offramp.artefacts import write_atomically
-    from offramp.checkpoints import named_tensors
-
     tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(model)}
     path = write_atomically(folder / "model.safetensors", lambda partial: save_file(tensors, partial))
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -24,8 +24,8 @@ from offramp.meter import Meter
 from offramp.metrics import bootstrap_difference, metric_of
 from offramp.pools import Pool, halves
 from offramp.sweep import Sweep
+from offramp.tasks import TEXT_TASKS
 
-METRIC = {"cola": "matthews", "mrpc": "f1"}  # GLUE's; accuracy elsewhere
 FAMILIES = (
     "max-prob", "entropy", "patience", "f-pabee", "ztw", "jei-dnn", "eenet", "beem-c", "beem-a", "stopping",
 )  # fmt: skip
@@ -105,7 +105,7 @@ def policies(task: str, seed: int, runs: Path, progress: Any) -> dict[str, Any] 
     trace, costs = got
     pools = halves(trace, REPEATS)
     base = None if plain is None else alone(plain[0], LAYERS - 1)
-    metric = METRIC.get(task, "accuracy")
+    metric = TEXT_TASKS[task.removesuffix("-full")].metric
     rows = []
     for family in FAMILIES:
         targets: list[Any] = [*(Budget(fraction=b) for b in BUDGETS), MaxDrop(0.0, metric)]

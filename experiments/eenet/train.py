@@ -24,7 +24,7 @@ from offramp.checkpoints import named_tensors
 from offramp.demo import resnet56
 from offramp.estimate import estimate
 from offramp.machine import fast_precision, machine_line, versions
-from offramp.tasks import load_cifar10
+from offramp.tasks import load_images
 
 NETWORKS = ("resnet56", "basic", "densenet121", "msdnet")
 
@@ -65,8 +65,8 @@ def main() -> None:
     folder = options.runs / f"{options.network}-{options.seed}"
     model = network_of(options.network, options.seed)
     rows, test = (
-        load_cifar10(options.data, "train", normalise="cifar"),
-        load_cifar10(options.data, "test", normalise="cifar"),
+        load_images("cifar10", options.data, "train", normalise="cifar"),
+        load_images("cifar10", options.data, "test", normalise="cifar"),
     )
     if options.limit is not None:
         picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed))[: options.limit]

@@ -18,7 +18,7 @@ from offramp.model import MultiExitModel
 from offramp.objectives import DepthWeighted, Objective
 from offramp.preprocess import Preprocess
 from offramp.recipe import Recipe
-from offramp.tasks import CIFAR10, TEXT_TASKS, load_cifar10, load_text, minilm
+from offramp.tasks import IMAGE_TASKS, TEXT_TASKS, load_images, load_text, minilm
 
 __all__ = ["JOBS", "Job", "job"]
 
@@ -50,9 +50,9 @@ class Job:
 
 
 #: Large sets need fewer passes.
-EPOCHS = {"sst2": 1, "ag_news": 2}
+EPOCHS = {"sst2": 1, "qqp": 1, "mnli": 1, "ag_news": 2}
 
-JOBS = ("digits", "cifar10", *TEXT_TASKS)
+JOBS = ("digits", *IMAGE_TASKS, *TEXT_TASKS)
 
 
 def job(
@@ -79,8 +79,8 @@ def job(
     """
     if name == "digits":
         return _digits(8 if epochs is None else epochs, limit, seed)
-    if name == "cifar10":
-        return _cifar10(data, 30 if epochs is None else epochs, limit, seed)
+    if name in IMAGE_TASKS:
+        return _images(name, data, 30 if epochs is None else epochs, limit, seed)
     if name in TEXT_TASKS:
         return _text(name, data, EPOCHS.get(name, 3) if epochs is None else epochs, limit, max_length, seed)
     raise ValueRangeError(f"unknown task {name!r}; expected one of {', '.join(JOBS)}.")
@@ -104,30 +104,34 @@ def _digits(epochs: int, limit: int | None, seed: int) -> Job:
     return Job("digits", build, load, ("train", "calibrate", "test"), DepthWeighted(), recipe, names)
 
 
-def _cifar10(data: str | Path | None, epochs: int, limit: int | None, seed: int) -> Job:
+def _images(name: str, data: str | Path | None, epochs: int, limit: int | None, seed: int) -> Job:
+    task = IMAGE_TASKS[name]
+
     def build() -> tuple[MultiExitModel, None]:
-        network = resnet56(seed=seed)
+        example = torch.zeros(2, 3, task.side, task.side)
+        network = resnet56(classes=task.count, seed=seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return attach(network, at=("layer1", "layer2"), head="conv", example=torch.zeros(2, 3, 32, 32)), None
+            return attach(network, at=("layer1", "layer2"), head="conv", example=example), None
 
     def load(split: str, _: Any) -> Examples:
-        return _limited(load_cifar10(data, split), limit if split == "train" else None, seed)
+        return _limited(load_images(name, data, split), limit if split == "train" else None, seed)
 
     recipe = Recipe(
         epochs=epochs, batch_size=128, lr=0.1, optimizer="sgd", weight_decay=5e-4, schedule="step", clip_norm=None,
         precision=fast_precision(), channels_last=True, augment=CropFlip(), seed=seed,
     )  # fmt: skip
-    return Job("cifar10", build, load, ("train", "test", "test"), DepthWeighted(), recipe, CIFAR10)
+    splits = ("train", task.held_out, task.held_out)
+    return Job(name, build, load, splits, DepthWeighted(), recipe, task.classes or tuple(map(str, range(task.count))))
 
 
 def _text(name: str, data: str | Path | None, epochs: int, limit: int | None, max_length: int, seed: int) -> Job:
-    classes = TEXT_TASKS[name][1]
+    task = TEXT_TASKS[name]
 
     def build() -> tuple[MultiExitModel, Any]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network, tokenizer = minilm(len(classes))
+            network, tokenizer = minilm(len(task.classes))
             example = dict(tokenizer(["a first sentence", "and another one"], padding=True, return_tensors="pt"))
             at = tuple(f"bert.encoder.layer.{i}" for i in range(5))
             # the first token of MiniLM's early layers holds next to nothing: it was trained by the mean
@@ -137,7 +141,6 @@ def _text(name: str, data: str | Path | None, epochs: int, limit: int | None, ma
         rows = load_text(name, data, split, tokenizer, max_length=max_length)
         return _limited(rows, limit if split == "train" else None, seed)
 
-    held_out = "test" if name in ("mrpc", "ag_news") else "validation"
     note = ""
     if name == "sst2":
         note = (
@@ -145,7 +148,7 @@ def _text(name: str, data: str | Path | None, epochs: int, limit: int | None, ma
             "half of the sentences and tested on the other half. Calibrated on held-out phrases, policies overspend."
         )
     recipe = Recipe(epochs=epochs, batch_size=32, lr=5e-5, head_lr=1e-3, precision=fast_precision(), seed=seed)
-    return Job(name, build, load, ("train", held_out, held_out), DepthWeighted(), recipe, classes, note)
+    return Job(name, build, load, ("train", task.held_out, task.held_out), DepthWeighted(), recipe, task.classes, note)
 
 
 def _part(parts: dict[str, Examples], split: str) -> Examples:

@@ -1,10 +1,11 @@
-"""Real tasks: GLUE and AG News as tokens, CIFAR-10 as images, and a small pretrained text encoder."""
+"""Real tasks: GLUE and AG News as tokens, CIFAR and Tiny-ImageNet as images, and a small pretrained text encoder."""
 
 import contextlib
 import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,97 @@ from offramp.data import Examples
 from offramp.errors import DataError, MissingExtra, ValueRangeError
 
 __all__ = [
-    "NORMALISATIONS", "TEXT_TASKS", "ensure_data_file", "load_cifar10", "load_text", "minilm", "minilm_folder", "quiet",
+    "IMAGE_TASKS", "NORMALISATIONS", "TEXT_TASKS", "ImageTask", "TextTask", "ensure_data_file", "load_images",
+    "load_text", "minilm", "minilm_folder", "quiet",
 ]  # fmt: skip
 
-TEXT_TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
-    # name: text columns, class names, (path, configuration) on the hub
-    "sst2": (("sentence",), ("negative", "positive"), ("nyu-mll/glue", "sst2")),
-    "rte": (("sentence1", "sentence2"), ("entailment", "not_entailment"), ("nyu-mll/glue", "rte")),
-    "cola": (("sentence",), ("unacceptable", "acceptable"), ("nyu-mll/glue", "cola")),
-    "mrpc": (("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("nyu-mll/glue", "mrpc")),
-    "qnli": (("question", "sentence"), ("entailment", "not_entailment"), ("nyu-mll/glue", "qnli")),
-    "ag_news": (("text",), ("World", "Sports", "Business", "Sci/Tech"), ("fancyzhx/ag_news",)),
+
+@dataclass(frozen=True)
+class TextTask:
+    """A data set of texts.
+
+    Args:
+        columns: of text, one or two.
+        classes: names, in the order of the labels.
+        hub: path and, where there is one, configuration on the Hugging Face hub.
+        held_out: the split with labels that training does not see.
+        metric: the official one, a name of `offramp.metrics.METRICS`.
+    """
+
+    columns: tuple[str, ...]
+    classes: tuple[str, ...]
+    hub: tuple[str, ...]
+    held_out: str = "validation"
+    metric: str = "accuracy"
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """A data set of images that fit into memory as bytes.
+
+    Args:
+        columns: names that its images have been seen under.
+        label: the column of the labels.
+        side: pixels.
+        count: of classes.
+        hub: path on the Hugging Face hub.
+        held_out: the split with labels that training does not see.
+        classes: names; () where only the data know them.
+    """
+
+    columns: tuple[str, ...]
+    label: str
+    side: int
+    count: int
+    hub: tuple[str, ...]
+    held_out: str = "test"
+    classes: tuple[str, ...] = ()
+
+
+def _glue(
+    name: str,
+    columns: tuple[str, ...],
+    classes: tuple[str, ...],
+    held_out: str = "validation",
+    metric: str = "accuracy",
+) -> TextTask:
+    return TextTask(columns, classes, ("nyu-mll/glue", name), held_out, metric)
+
+
+PAIR, ENTAILED = ("sentence1", "sentence2"), ("entailment", "not_entailment")
+#: GLUE without STS-B, which asks for a number and not for a class, and AG News.
+TEXT_TASKS: dict[str, TextTask] = {
+    "sst2": _glue("sst2", ("sentence",), ("negative", "positive")),
+    "rte": _glue("rte", PAIR, ENTAILED),
+    "cola": _glue("cola", ("sentence",), ("unacceptable", "acceptable"), metric="matthews"),
+    "mrpc": _glue("mrpc", PAIR, ("not_equivalent", "equivalent"), "test", "f1"),
+    "qnli": _glue("qnli", ("question", "sentence"), ENTAILED),
+    "qqp": _glue("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), metric="f1"),
+    "mnli": _glue("mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), "validation_matched"),
+    "wnli": _glue("wnli", PAIR, ("not_entailment", "entailment")),
+    "ag_news": TextTask(("text",), ("World", "Sports", "Business", "Sci/Tech"), ("fancyzhx/ag_news",), "test"),
+}
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+CIFAR100 = (
+    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
+    "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
+    "elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster "
+    "man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck "
+    "pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk "
+    "skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger "
+    "tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
+)
+IMAGE_TASKS: dict[str, ImageTask] = {
+    "cifar10": ImageTask(("img", "image"), "label", 32, 10, ("uoft-cs/cifar10",), classes=tuple(CIFAR10.split())),
+    "cifar100": ImageTask(
+        ("img", "image"), "fine_label", 32, 100, ("uoft-cs/cifar100",), classes=tuple(CIFAR100.split())
+    ),
+    "tiny_imagenet": ImageTask(("image",), "label", 64, 200, ("zh-plus/tiny-imagenet",), held_out="valid"),
 }
 NORMALISATIONS: dict[str, Normalise] = {
     "imagenet": Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "cifar": Normalise((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
 }
-CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CHUNK = 4096  # rows tokenised at once
 
 
@@ -82,12 +157,14 @@ def load_text(
         DataError: the task, file or column does not exist, the hub cannot be reached, or no row has a label.
         MissingExtra: datasets is not installed.
     """
+    if columns is None and name == "stsb":
+        raise DataError("STS-B asks for a number and exits choose between classes. Make classes of its scores first.")
     if columns is None and name not in TEXT_TASKS:
         raise DataError(f"unknown text task {name!r}; expected one of {', '.join(TEXT_TASKS)}, or give its columns.")
     if not isinstance(max_length, int) or max_length < 2:
         raise ValueRangeError(f"max_length is {max_length!r}; expected a whole number of tokens, 2 or more.")
     table = _table(name, data_dir, split)
-    texts = tuple(columns) if columns is not None else TEXT_TASKS[name][0]
+    texts = tuple(columns) if columns is not None else TEXT_TASKS[name].columns
     missing = [c for c in (*texts, "label") if c not in table.column_names]
     if missing:
         raise DataError(f"{name} {split} has no column {missing[0]!r}; it has {table.column_names}. Give columns=.")
@@ -101,45 +178,54 @@ def load_text(
             "Raise max_length to keep them whole.",
             stacklevel=2,
         )
-    names = TEXT_TASKS[name][1] if name in TEXT_TASKS else None
+    names = TEXT_TASKS[name].classes if name in TEXT_TASKS else None
     pad = getattr(tokenizer, "pad_token_id", None) or 0
     return Examples(fields, labels, label_names=names, pad_id=pad, truncated=truncated)
 
 
-def load_cifar10(data_dir: str | Path | None, split: str, *, normalise: str = "imagenet") -> Examples:
-    """CIFAR-10 as images kept as bytes [row 3 32 32]; batches come normalised as float32.
+def load_images(name: str, data_dir: str | Path | None, split: str, *, normalise: str = "imagenet") -> Examples:
+    """An image task as images kept as bytes [row 3 side side]; batches come normalised as float32.
 
     Args:
-        data_dir: holds `cifar10/<split>.parquet`; None asks the Hugging Face hub.
-        split: "train" (50,000) or "test" (10,000).
+        name: one of `IMAGE_TASKS`. For other images, and for folders such as ImageNet's, see `offramp.own`.
+        data_dir: holds `<name>/<split>.parquet`; None asks the Hugging Face hub.
+        split: e.g. "train"; the task's `held_out` names the one that training does not see.
         normalise: "imagenet" or "cifar": whose mean and standard deviation.
 
     Raises:
-        DataError: the file does not exist, or the hub cannot be reached.
+        DataError: the task, file or column does not exist, the hub cannot be reached, or an image has another size.
         MissingExtra: datasets or pillow is not installed.
         ValueRangeError: another `normalise`.
     """
+    if name not in IMAGE_TASKS:
+        raise DataError(f"unknown image task {name!r}; expected one of {', '.join(IMAGE_TASKS)}.")
     if normalise not in NORMALISATIONS:
         raise ValueRangeError(f"normalise is {normalise!r}; expected one of {', '.join(NORMALISATIONS)}.")
     try:
         import numpy
         from PIL import Image
     except ImportError:
-        raise MissingExtra("CIFAR-10 needs pillow. Install it with: pip install 'offramp[train]'") from None
-    table = _table("cifar10", data_dir, split)
-    column = next((c for c in ("img", "image") if c in table.column_names), None)
-    if column is None or "label" not in table.column_names:
-        raise DataError(f"cifar10 {split} has the columns {table.column_names}; expected img and label.")
-    images = torch.empty((len(table), 3, 32, 32), dtype=torch.uint8)
+        raise MissingExtra("images need pillow. Install it with: pip install 'offramp[train]'") from None
+    task = IMAGE_TASKS[name]
+    table = _table(name, data_dir, split)
+    column = next((c for c in task.columns if c in table.column_names), None)
+    if column is None or task.label not in table.column_names:
+        wanted = f"{' or '.join(task.columns)}, and {task.label}"
+        raise DataError(f"{name} {split} has the columns {table.column_names}; expected {wanted}.")
+    side = task.side
+    images = torch.empty((len(table), 3, side, side), dtype=torch.uint8)
     encoded = (raw for chunk in table.data[column].chunks for raw in chunk.field("bytes"))
     for row, raw in enumerate(encoded):
         with Image.open(io.BytesIO(raw.as_py())) as image:
             pixels = numpy.array(image.convert("RGB"))
-        if pixels.shape != (32, 32, 3):
-            raise DataError(f"cifar10 {split}: row {row} is {pixels.shape}; expected 32 x 32 pixels in colour.")
+        if pixels.shape != (side, side, 3):
+            raise DataError(f"{name} {split}: row {row} is {pixels.shape}; expected {side} x {side} pixels in colour.")
         images[row] = torch.from_numpy(pixels).permute(2, 0, 1)
-    labels = torch.tensor(table["label"][:], dtype=torch.int64)
-    return Examples(images, labels, label_names=CIFAR10, prepare=NORMALISATIONS[normalise])
+    labels = torch.tensor(table[task.label][:], dtype=torch.int64)
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < task.count:
+        raise DataError(f"{name} {split} has labels up to {int(labels.max())}; expected 0 to {task.count - 1}.")
+    names = task.classes or tuple(getattr(table.features[task.label], "names", ()))
+    return Examples(images, labels, label_names=names or None, prepare=NORMALISATIONS[normalise])
 
 
 def ensure_data_file(data_dir: str | Path, name: str, split: str) -> Path:
@@ -184,8 +270,10 @@ def _table(name: str, data_dir: str | Path | None, split: str) -> Any:
         if data_dir is not None:
             path = ensure_data_file(data_dir, name, split)
             return load_dataset("parquet", data_files={split: str(path)}, split=split)
-        where = TEXT_TASKS[name][2] if name in TEXT_TASKS else (f"uoft-cs/{name}",)
-        return load_dataset(*where, split=split)
+        task = TEXT_TASKS.get(name) or IMAGE_TASKS.get(name)
+        if task is None:
+            raise DataError(f"{name!r} is no task that the hub is asked for. Pass --data DIR (data_dir=).")
+        return load_dataset(*task.hub, split=split)
     except DataError:
         raise
     except Exception as error:  # the hub, its cache and parquet raise many kinds

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from offramp.errors import DataError, MissingExtra, ValueRangeError
-from offramp.tasks import NORMALISATIONS, ensure_data_file, load_cifar10, load_text, minilm
+from offramp.tasks import NORMALISATIONS, TEXT_TASKS, ensure_data_file, load_images, load_text, minilm
 
 DATA = os.environ.get("OFFRAMP_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="OFFRAMP_DATA names no folder with the data sets")
@@ -108,7 +108,7 @@ def test_missing_packages_name_the_extra(tmp_path, monkeypatch, package):
     call = {
         "transformers": lambda: minilm(2),
         "datasets": lambda: load_text("sst2", tmp_path, "train", Words()),
-        "PIL": lambda: load_cifar10(tmp_path, "test"),
+        "PIL": lambda: load_images("cifar10", tmp_path, "test"),
     }[package]
     with pytest.raises(MissingExtra, match=r"pip install 'offramp\["):
         call()
@@ -122,16 +122,16 @@ def test_minilm_needs_its_weights_or_a_folder(tmp_path, monkeypatch):
         minilm(2)
 
 
-def picture(colour):
+def picture(colour, side=32):
     image = pytest.importorskip("PIL.Image")
     file = io.BytesIO()
-    image.new("RGB", (32, 32), colour).save(file, "png")
+    image.new("RGB", (side, side), colour).save(file, "png")
     return {"bytes": file.getvalue(), "path": None}
 
 
 def test_images_stay_bytes_and_are_normalised_per_batch(tmp_path):
     write(tmp_path, "cifar10", "test", img=[picture((255, 0, 0)), picture((0, 0, 255))], label=[3, 5])
-    data = load_cifar10(tmp_path, "test", normalise="cifar")
+    data = load_images("cifar10", tmp_path, "test", normalise="cifar")
     assert data.inputs.dtype == torch.uint8
     assert data.inputs[:, :, 0, 0].tolist() == [[255, 0, 0], [0, 0, 255]]
     batch = data.batch(torch.tensor([0]))
@@ -139,7 +139,42 @@ def test_images_stay_bytes_and_are_normalised_per_batch(tmp_path):
     assert float(batch.inputs[0, 0, 0, 0]) == pytest.approx((1 - 0.4914) / 0.2471, rel=1e-5)
     assert data.label_names[3] == "cat"
     with pytest.raises(ValueRangeError, match="imagenet"):
-        load_cifar10(tmp_path, "test", normalise="mnist")
+        load_images("cifar10", tmp_path, "test", normalise="mnist")
+
+
+def test_every_image_task_has_its_columns_size_and_classes(tmp_path):
+    write(tmp_path, "cifar100", "train", img=[picture((9, 9, 9))], fine_label=[99], coarse_label=[4])
+    write(tmp_path, "tiny_imagenet", "valid", image=[picture((9, 9, 9), 64)], label=[199])
+    hundred = load_images("cifar100", tmp_path, "train")
+    assert hundred.label_names[int(hundred.labels[0])] == "worm"
+    assert len(set(hundred.label_names)) == 100
+    assert load_images("tiny_imagenet", tmp_path, "valid").inputs.shape == (1, 3, 64, 64)
+    with pytest.raises(DataError, match="expected one of cifar10, cifar100, tiny_imagenet"):
+        load_images("mnist", tmp_path, "train")
+    write(tmp_path, "cifar100", "fine", img=[picture((9, 9, 9))], label=[1])
+    with pytest.raises(DataError, match="expected img or image, and fine_label"):
+        load_images("cifar100", tmp_path, "fine")
+    write(tmp_path, "cifar10", "large", img=[picture((9, 9, 9), 64)], label=[1])
+    with pytest.raises(DataError, match=r"row 0 is \(64, 64, 3\); expected 32 x 32"):
+        load_images("cifar10", tmp_path, "large")
+    write(tmp_path, "cifar10", "wrong", img=[picture((9, 9, 9))], label=[10])
+    with pytest.raises(DataError, match="labels up to 10; expected 0 to 9"):
+        load_images("cifar10", tmp_path, "wrong")
+
+
+def test_every_glue_task_of_classes_has_its_columns_and_metric(tmp_path):
+    two = {"rte", "mrpc", "qnli", "qqp", "mnli", "wnli"}
+    for name in ("sst2", "cola", *sorted(two)):
+        task = TEXT_TASKS[name]
+        assert len(task.columns) == 1 + (name in two)
+        assert task.hub == ("nyu-mll/glue", name)
+        write(tmp_path, name, task.held_out, **{c: ["a b", "c"] for c in task.columns}, label=[0, 1])
+        assert load_text(name, tmp_path, task.held_out, Words()).label_names == task.classes
+    assert {name: task.metric for name, task in TEXT_TASKS.items() if task.metric != "accuracy"} == {
+        "cola": "matthews", "mrpc": "f1", "qqp": "f1",
+    }  # fmt: skip
+    with pytest.raises(DataError, match="STS-B asks for a number"):
+        load_text("stsb", tmp_path, "train", Words())
 
 
 def test_both_normalisations_are_of_three_channels():
@@ -158,7 +193,7 @@ def test_the_real_sst2_with_minilm():
     assert model.eval()(**data.batch(torch.arange(2)).inputs).logits.shape == (2, 2)
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10"])
+@pytest.mark.parametrize("name", ["digits", "cifar10", "tiny_imagenet"])
 def test_a_job_starts_from_the_same_weights_each_time(name: str) -> None:
     from offramp.jobs import job
 

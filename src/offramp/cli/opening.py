@@ -67,7 +67,7 @@ def run_as_bundle(run: Path, data: Path | None, device: str) -> Opened:
     preprocess = work.preprocess
     if preprocess is None and tokenizer is not None:
         length = fields["options"].get("max_length", 128)
-        preprocess = TextPreprocess.of(tokenizer, TEXT_TASKS[work.name][0], length)
+        preprocess = TextPreprocess.of(tokenizer, TEXT_TASKS[work.name].columns, length)
     costs = CostModel.load(costs_path(run)) if costs_path(run).is_file() else None
     bundle = Bundle(
         model,

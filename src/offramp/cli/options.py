@@ -70,11 +70,16 @@ class Task(StrEnum):
 
     digits = "digits"
     cifar10 = "cifar10"
+    cifar100 = "cifar100"
+    tiny_imagenet = "tiny_imagenet"
     sst2 = "sst2"
     rte = "rte"
     cola = "cola"
     mrpc = "mrpc"
     qnli = "qnli"
+    qqp = "qqp"
+    mnli = "mnli"
+    wnli = "wnli"
     ag_news = "ag_news"
 
 
