@@ -59,6 +59,22 @@ def test_calibrate_to_every_kind_of_target(here: Path, tmp_path: Path, target: t
     assert sum(said["shares"]) == pytest.approx(1)
 
 
+def test_one_run_teaches_another(here: Path, tmp_path: Path) -> None:
+    words = ("train", "digits", "--epochs", 1, "--batch-size", 50, "--teacher", here / "run", "--out", tmp_path / "run")
+    taught = offramp(*words, "--limit", 200, "--gradients", "equilibrium", "--layer-decay", 0.9, "--head-lr", 1e-3)
+    assert f"asking {here / 'run'} about 200 rows" in taught.stderr
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())["fields"]
+    assert kept["objective"]["kind"] == "Distill"
+    assert {name: kept["recipe"][name] for name in ("gradients", "layer_decay", "head_lr")} == {
+        "gradients": "equilibrium", "layer_decay": 0.9, "head_lr": 1e-3,
+    }  # fmt: skip
+    assert "was trained on 200 rows and this is to learn from 100" in mistake(
+        *words[:-1], tmp_path / "x", "--limit", 100
+    )
+    for alone in (("--objective", "distill"), ("--teacher", here / "run", "--objective", "depth")):
+        assert "go together" in mistake("train", "digits", *alone, "--out", tmp_path / "x", code=2)
+
+
 def test_a_budget_below_the_first_exit_is_code_3_and_writes_nothing(here: Path, tmp_path: Path) -> None:
     done = offramp(*fitted(here, "--fraction", 0.01), "--out", tmp_path / "p.json", code=3)
     assert "infeasible: a budget of 0.01 of the plain model is below the cheapest exit" in done.stdout

@@ -5,12 +5,13 @@ from commands import check, commands, written
 from typer.testing import CliRunner
 
 from offramp.cli import app
-from offramp.cli.options import Family, Loss, Metric, Task, objective_of
+from offramp.cli.options import Family, Gradients, Loss, Metric, Task, objective_of
 from offramp.cli.reporting import HEADLINE as PAGE_FAMILIES
 from offramp.compare import CHOICES, HEADLINE
 from offramp.jobs import JOBS
 from offramp.metrics import METRICS
 from offramp.objectives import Objective
+from offramp.recipe import CHOICES as CHOICES_OF_RECIPES
 
 run = CliRunner()
 NAMES = [
@@ -60,6 +61,7 @@ def test_names_are_those_of_python() -> None:
     assert tuple(t.value for t in Task) == JOBS
     assert tuple(f.value for f in Family) == tuple(CHOICES)
     assert tuple(m.value for m in Metric) == METRICS
+    assert tuple(g.value for g in Gradients) == CHOICES_OF_RECIPES["gradients"]
     assert tuple(PAGE_FAMILIES.split(",")) == HEADLINE
     assert all(isinstance(objective_of(loss), Objective) for loss in Loss)
 

@@ -31,6 +31,7 @@ __all__ = [
     "Family",
     "FlopsOption",
     "FractionOption",
+    "Gradients",
     "JsonOption",
     "LimitOption",
     "Loss",
@@ -141,13 +142,23 @@ class Prefer(StrEnum):
     safest = "safest"
 
 
+class Gradients(StrEnum):
+    """Values of `offramp.Recipe.gradients`."""
+
+    sum = "sum"
+    equilibrium = "equilibrium"
+    local = "local"
+    detached = "detached"
+
+
 class Loss(StrEnum):
-    """Names of objectives that need nothing but the data."""
+    """Names of objectives; distill needs a teacher besides the data."""
 
     depth = "depth"
     uniform = "uniform"
     eenet = "eenet"
     self_distill = "self-distill"
+    distill = "distill"
     final_only = "final-only"
     two_stage = "two-stage"
     alternating = "alternating"
@@ -339,6 +350,7 @@ def objective_of(loss: Loss) -> "Objective":
         Loss.uniform: o.Uniform(),
         Loss.eenet: o.EENetLoss(),
         Loss.self_distill: o.SelfDistill(),
+        Loss.distill: o.Distill(),
         Loss.final_only: o.FinalOnly(),
         Loss.two_stage: o.TwoStage(),
         Loss.alternating: o.Alternating(),

@@ -1,6 +1,7 @@
 """`offramp train`: a named task, or a user's own data and network."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 from offramp.cli.options import (
     DataOption,
     EpochsOption,
+    Gradients,
     JsonOption,
     LimitOption,
     Loss,
@@ -25,6 +27,7 @@ from offramp.cli.show import is_first, is_quiet, note, percent, result
 if TYPE_CHECKING:
     from offramp.jobs import Job
     from offramp.own import OwnJob
+    from offramp.recipe import Recipe
 
 __all__ = ["train"]
 
@@ -35,6 +38,9 @@ WhatArgument = Annotated[
         metavar="TASK_OR_DATA",
         help="A named task, or your data: .csv, .tsv, .jsonl, .parquet, a folder of images or tables, a hub name.",
     ),
+]
+OutOption = Annotated[
+    Path | None, typer.Option(help="The folder of the run; runs/TASK_OR_DATA by default.", show_default=False)
 ]
 ModelOption = Annotated[
     str | None,
@@ -59,6 +65,16 @@ EncodingOption = Annotated[str, typer.Option(help="Of text files.")]
 ObjectiveOption = Annotated[Loss | None, typer.Option(help="What to minimise, instead of the recipe's.")]
 StepRowsOption = Annotated[int | None, typer.Option(min=1, help="Rows per step, instead of the recipe's.")]
 RateOption = Annotated[float | None, typer.Option(help="The highest learning rate, instead of the recipe's.")]
+HeadRateOption = Annotated[float | None, typer.Option("--head-lr", help="The same of the heads.")]
+GradientsOption = Annotated[
+    Gradients | None, typer.Option(help="How the gradients of exits meet in the network; added up by default.")
+]
+DecayOption = Annotated[
+    float | None, typer.Option(help="Each part of the network learns at this times the rate of the next, e.g. 0.85.")
+]
+TeacherOption = Annotated[
+    Path | None, typer.Option(metavar="RUN", help="A run on the same rows, whose last exit teaches all exits.")
+]
 LengthOption = Annotated[int, typer.Option(min=2, help="Tokens of a text; what is longer is cut.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show data, exits and cost, and train nothing.")]
 ResumeOption = Annotated[bool, typer.Option(help="Go on from OUT/checkpoint if the training was stopped.")]
@@ -66,9 +82,7 @@ ResumeOption = Annotated[bool, typer.Option(help="Go on from OUT/checkpoint if t
 
 def train(
     what: WhatArgument,
-    out: Annotated[
-        Path | None, typer.Option(help="The folder of the run; runs/TASK_OR_DATA by default.", show_default=False)
-    ] = None,
+    out: OutOption = None,
     model: ModelOption = None,
     text: TextOption = None,
     label: LabelOption = None,
@@ -89,6 +103,10 @@ def train(
     objective: ObjectiveOption = None,
     batch_size: StepRowsOption = None,
     lr: RateOption = None,
+    head_lr: HeadRateOption = None,
+    gradients: GradientsOption = None,
+    layer_decay: DecayOption = None,
+    teacher: TeacherOption = None,
     max_length: LengthOption = 128,
     dry_run: DryRunOption = False,
     resume: ResumeOption = True,
@@ -98,12 +116,11 @@ def train(
 
     Columns, classes and places of exits are found and shown, with the time and memory it will take, before it begins.
     """
-    named = {
+    options: dict[str, Any] = {"epochs": epochs, "limit": limit, "max_length": max_length, "seed": seed}
+    is_task = _is_task(what, {
         "--text": text, "--label": label, "--validation": validation, "--test": test, "--at": at, "--every": every,
         "--head": head, "--tokenizer": tokenizer, "--image-size": image_size_, "--model": model,
-    }  # fmt: skip
-    options: dict[str, Any] = {"epochs": epochs, "limit": limit, "max_length": max_length, "seed": seed}
-    is_task = _is_task(what, named)
+    })  # fmt: skip
     out = check_out(out or Path("runs") / (Path(what).name.partition(".")[0] or "own"), folder=True)
     if is_task:
         from offramp.jobs import job
@@ -112,17 +129,17 @@ def train(
     else:
         from offramp.own import Own, prepare
 
-        own = prepare(
-            Own(
-                data=what, model=str(model), validation=validation, test=test, text=names_in(text), label=label,
-                at=names_in(at), every=every, head=head, tokenizer=tokenizer, image_size=image_size(image_size_),
-                grey=grey, encoding=encoding, skip_bad=skip_bad, **options,
-            )
-        )  # fmt: skip
+        own = prepare(Own(
+            data=what, model=str(model), validation=validation, test=test, text=names_in(text), label=label,
+            at=names_in(at), every=every, head=head, tokenizer=tokenizer, image_size=image_size(image_size_),
+            grey=grey, encoding=encoding, skip_bad=skip_bad, **options,
+        ))  # fmt: skip
         work = own.job
         _show_own(own)
-    work = _changed(work, objective, batch_size, lr)
-    _go(what, out, work, own, options, dry_run=dry_run, resume=resume, json_out=json_out)
+    changes = {"batch_size": batch_size, "lr": lr, "head_lr": head_lr, "layer_decay": layer_decay}
+    work = _changed(work, objective, teacher, gradients, **changes)
+    teach = None if teacher is None else lambda rows: _teacher(teacher, rows, data, work.recipe)
+    _go(what, out, work, own, options, teach, dry_run=dry_run, resume=resume, json_out=json_out)
 
 
 def _is_task(what: str, named: dict[str, Any]) -> bool:
@@ -140,10 +157,17 @@ def _is_task(what: str, named: dict[str, Any]) -> bool:
     return False
 
 
-def _changed(work: "Job", objective: Loss | None, batch_size: int | None, lr: float | None) -> "Job":
+def _changed(
+    work: "Job", objective: Loss | None, teacher: Path | None, gradients: Gradients | None, **given: Any
+) -> "Job":
     """The job with what the options say instead of its recipe."""
-    given = (("batch_size", batch_size), ("lr", lr))
-    changed: dict[str, Any] = {name: value for name, value in given if value is not None}
+    if teacher is not None and objective is None:
+        objective = Loss.distill
+    if (teacher is None) == (objective == Loss.distill):
+        raise usage("--teacher RUN and --objective distill go together: one run teaches the other.")
+    changed = {name: value for name, value in given.items() if value is not None}
+    if gradients is not None:
+        changed["gradients"] = gradients.value
     return dataclasses.replace(
         work,
         recipe=dataclasses.replace(work.recipe, **changed),
@@ -151,9 +175,34 @@ def _changed(work: "Job", objective: Loss | None, batch_size: int | None, lr: fl
     )
 
 
+def _teacher(run: Path, rows: Any, data: Path | None, recipe: "Recipe") -> Any:
+    """What the last exit of a run says about these training rows, or the run's model where every epoch changes them.
+
+    Raises:
+        DataError: the run was trained on other rows.
+    """
+    from offramp.data import Examples
+    from offramp.errors import DataError
+    from offramp.record import predict
+    from offramp.runs import load_run
+
+    work, model, tokenizer = load_run(run, data=data)
+    seen = work.load(work.splits[0], tokenizer)  # as its own tokenizer has them
+    same = len(seen) == len(rows) and seen.labels is not None and seen.labels.equal(rows.labels)
+    if not same or model.classes != max(len(work.labels), 2):
+        raise DataError(
+            f"{run} was trained on {len(seen)} rows and this is to learn from {len(rows)}, or they are others. A "
+            "teacher has to be a run on the same rows, so with the same data, --limit and --seed."
+        )
+    if recipe.augment is not None or not isinstance(seen, Examples):
+        return model
+    note(f"asking {run} about {len(seen)} rows ...")
+    return predict(model, seen)[0][-1]
+
+
 def _go(
-    what: str, out: Path, work: "Job", own: "OwnJob | None", options: dict[str, Any], *,
-    dry_run: bool, resume: bool, json_out: bool,
+    what: str, out: Path, work: "Job", own: "OwnJob | None", options: dict[str, Any],
+    teach: Callable[[Any], Any] | None, *, dry_run: bool, resume: bool, json_out: bool,
 ) -> None:  # fmt: skip
     """Nothing; the network was trained and the run is in the folder."""
     from offramp.estimate import estimate
@@ -173,6 +222,7 @@ def _go(
         rows,
         objective=work.objective,
         recipe=work.recipe,
+        teacher=None if teach is None else teach(rows),
         validation=held_out,
         checkpoint=out / "checkpoint",
         resume=resume,
