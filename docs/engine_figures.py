@@ -1,4 +1,4 @@
-"""The tables of engines in docs/engines.md, from what `offramp bench` and experiments/engines.py wrote.
+"""The tables of engines in docs/engines.md, from what `offramp bench` and experiments/ours/engines.py wrote.
 
 python docs/engine_figures.py results/engines-sst2.json
 python docs/engine_figures.py results/engines-sst2-parity.json

@@ -1,6 +1,6 @@
 """One training of BEEM's table or of the ablation: a task, a variant and a seed, in a process of its own.
 
-    python experiments/beem/cells.py rte plain-first 0 --data DIR
+    python -m experiments.beem.cells rte plain-first 0 --data DIR
 
 Writes runs/beem/TASK-VARIANT-SEED/{model.safetensors,trace.safetensors,costs.json,cell.json}. Given again after a
 stop, it goes on; a finished one is not trained again.
@@ -45,7 +45,7 @@ from offramp.tasks import TEXT_TASKS, load_text, minilm
 
 LAYERS = 6
 ROWS = {"sst2": 20_000}  # of the training set; the others are taken whole
-EPOCHS = {"sst2": 2, "sst2-full": 2}  # 3 for the others
+EPOCHS = {"sst2": 2, "sst2-full": 2, "ag_news": 2}  # 3 for the others
 LENGTH = {"rte": 128, "qnli": 128, "mrpc": 128}
 
 

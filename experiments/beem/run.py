@@ -1,21 +1,26 @@
 """All trainings of BEEM's table and of the ablation, a few at a time, each in a process of its own. What is finished is
-not trained again, what was stopped goes on.
+not trained again, what was stopped goes on. Weights stay in runs/beem; what the exits said of held-out rows goes to
+results/beem/TASK-VARIANT-SEED.safetensors, and how each was trained to results/beem/cells.json.
 
-    python experiments/beem/run.py --data DIR --list                # what there is to do, and about how long it takes
-    python experiments/beem/run.py --data DIR --workers 2           # logs in runs/beem/*.log
-    python experiments/beem/run.py --data DIR --only rte,mrpc       # some tasks
+    python -m experiments.beem.run --data DIR --list                # what there is to do, and about how long it takes
+    python -m experiments.beem.run --data DIR --workers 2           # logs in runs/beem/*.log
+    python -m experiments.beem.run --data DIR --only rte,mrpc       # some tasks
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-from cells import VARIANTS, epochs_of, folder_of
+from experiments.beem.cells import VARIANTS, epochs_of, folder_of
 
+from offramp import ExitTrace
+from offramp.artefacts import write_json
 from offramp.meter import duration
 
 SMALL = ("rte", "mrpc", "cola", "qnli")
@@ -24,7 +29,15 @@ ABLATION = tuple(name for name in VARIANTS if name.startswith("taught"))
 JOINT = ("depth", "longer", "plain-first", "heads-after")
 BEFORE = ("plain", "static-2", "static-3", "static-4")
 BEST = "taught"  # what seeds 1 and 2 are trained with besides; the ablation says why
-MINUTES = {"sst2": 12, "sst2-full": 40, "rte": 7, "mrpc": 9, "cola": 4, "qnli": 7}  # an epoch, one of two threads, here
+MINUTES = {
+    "sst2": 12,
+    "sst2-full": 40,
+    "rte": 7,
+    "mrpc": 9,
+    "cola": 4,
+    "qnli": 7,
+    "ag_news": 20,
+}  # an epoch, one of two threads, here
 
 Cell = tuple[str, str, int]
 
@@ -36,6 +49,7 @@ def plan() -> list[Cell]:
     cells += [(task, name, 0) for name in ("plain", "taught") for task in SMALL]
     cells += [(task, name, 0) for name in ("static-3", "depth", "static-2", "static-4") for task in TASKS]
     cells += [(task, name, 0) for name in ABLATION for task in ("qnli", "mrpc", "rte")]
+    cells += [("ag_news", name, 0) for name in ("plain", BEST, "static-3")]
     cells += [("sst2-full", name, 0) for name in ("plain", BEST, "static-3", "static-2", "static-4")]
     cells += [(task, name, seed) for seed in (1, 2) for name in ("plain", BEST, "static-3") for task in SMALL]
     cells += [(task, name, 0) for name in JOINT for task in TASKS]
@@ -53,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/beem"))
+    parser.add_argument("--results", type=Path, default=Path("results/beem"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each worker")
     parser.add_argument("--only", default=None, help="tasks, with commas")
@@ -64,7 +79,10 @@ def main() -> None:
         if (options.only is None or cell[0] in options.only.split(","))
         and (options.variants is None or cell[1] in options.variants.split(","))
     ]  # fmt: skip
-    left = [cell for cell in wanted if not (folder_of(*cell, options.runs) / "cell.json").exists()]
+    options.runs.mkdir(parents=True, exist_ok=True)
+    for cell in plan():
+        keep(cell, options.runs, options.results)
+    left = unfinished(wanted, options.runs, options.results)
     total = sum(map(minutes, left)) / options.workers
     print(
         f"{len(wanted)} trainings, {len(wanted) - len(left)} done; about {duration(60 * total)} for the others",
@@ -74,16 +92,43 @@ def main() -> None:
         for cell in left:
             print(f"  {' '.join(map(str, cell))}: about {minutes(cell):.0f} min")
         return
-    options.runs.mkdir(parents=True, exist_ok=True)
     failed = []
     with ThreadPoolExecutor(options.workers) as pool:
         for cell, code in zip(left, pool.map(lambda each: _train(each, options), left), strict=True):
             if code:
                 failed.append(cell)
+            else:
+                keep(cell, options.runs, options.results)
     if failed:
         raise SystemExit(
             f"failed: {', '.join(' '.join(map(str, cell)) for cell in failed)}; see the logs in {options.runs}"
         )
+
+
+def unfinished(wanted: list[Cell], runs: Path, results: Path) -> list[Cell]:
+    """What is still to be trained: also what is finished and whose weights, which others begin with, are not here."""
+    index = results / "cells.json"
+    known = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+    left = [cell for cell in wanted if folder_of(*cell, runs).name not in known]
+    begun_with = {(task, VARIANTS[name].after, seed) for task, name, seed in left}
+    gone = [c for c in plan() if c in begun_with and c not in left and not (folder_of(*c, runs) / "cell.json").exists()]
+    return [*gone, *left]
+
+
+def keep(cell: Cell, runs: Path, results: Path) -> None:
+    """The small files of a finished cell, where tables are made from; nothing when it is not finished."""
+    folder = folder_of(*cell, runs)
+    if not (folder / "cell.json").exists():
+        return
+    index = results / "cells.json"
+    known = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+    told = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+    told["costs"] = json.loads((folder / "costs.json").read_text(encoding="utf-8"))
+    if known.get(folder.name) == told:
+        return
+    trace = replace(ExitTrace.load(folder / "trace.safetensors"), ids=None)
+    trace.save(results / f"{folder.name}.safetensors", half=True)
+    write_json(index, dict(sorted({**known, folder.name: told}.items())))
 
 
 def _train(cell: Cell, options: argparse.Namespace) -> int:
@@ -93,7 +138,7 @@ def _train(cell: Cell, options: argparse.Namespace) -> int:
     began = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
     command = [
-        sys.executable, str(Path(__file__).parent / "cells.py"), task, name, str(seed), "--data", str(options.data),
+        sys.executable, "-m", "experiments.beem.cells", task, name, str(seed), "--data", str(options.data),
         "--runs", str(options.runs), "--threads", str(options.threads),
     ]  # fmt: skip
     with open(log, "a", encoding="utf-8") as file:

@@ -1,8 +1,8 @@
 """A network of EENet's image tables with its exits, trained on CIFAR-10 by EENet's recipe, shortened to fit.
 
-    python experiments/eenet/train.py resnet56 --data DIR       # bottlenecks, heads of three convolutions; 30 epochs
-    python experiments/eenet/train.py basic --data DIR          # the usual ResNet-56 with light heads
-    python experiments/eenet/train.py densenet121 --data DIR --epochs 1 --limit 2000       # where there is no GPU
+    python -m experiments.eenet.train resnet56 --data DIR       # bottlenecks, heads of three convolutions; 30 epochs
+    python -m experiments.eenet.train basic --data DIR          # the usual ResNet-56 with light heads
+    python -m experiments.eenet.train densenet121 --data DIR --epochs 1 --limit 2000       # where there is no GPU
 
 EENet trains 150 epochs. Writes runs/eenet/NETWORK-SEED/{model.safetensors,trace.safetensors,costs.json,cell.json}; says
 what it will take before it begins. Given again after a stop, it goes on.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import EXITS, MSDHead, MSDNet, densenet121, resnet_bottleneck
+from experiments.eenet.networks import EXITS, MSDHead, MSDNet, densenet121, resnet_bottleneck
 from safetensors.torch import save_file
 
 from offramp import EENetLoss, MapHead, Recipe, attach, measure, record, train

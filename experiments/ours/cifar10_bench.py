@@ -1,7 +1,7 @@
 """What exits save in ResNet-56 on CIFAR-10, measured: the public weights, frozen, and two light heads (a linear layer
 on 4 x 4 averages of the map), trained for two epochs. Writes results/engines-cifar10.json.
 
-    python experiments/cifar10_bench.py --data DIR         # heads about 10 minutes, once; then about 20 of timing
+    python experiments/ours/cifar10_bench.py --data DIR         # heads about 10 minutes, once; then about 20 of timing
 
 Policies are calibrated on 2,000 test images to the fraction, and judged on 2,000 others. The network was trained by
 others on the training images, its heads here; no test image was seen by either.

@@ -1,8 +1,8 @@
 """Every policy on every committed trace: accuracy at cost with paired intervals against max-prob, over repeated halves.
 Writes results/compare-NAME.json and the table in docs/policies.md.
 
-    python experiments/compare_traces.py                      # about 20 minutes on two cores
-    python experiments/compare_traces.py --names sst2,cola
+    python experiments/ours/compare_traces.py                      # about 20 minutes on two cores
+    python experiments/ours/compare_traces.py --names sst2,cola
 """
 
 import argparse
@@ -19,10 +19,10 @@ from offramp.compare import BASELINE, compare_pools
 from offramp.meter import Meter
 from offramp.pools import halves
 
-TRACES = Path(__file__).parent.parent / "tests" / "traces"
-RESULTS = Path(__file__).parent.parent / "results"
-PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
-MARKS = ("<!-- measured: experiments/compare_traces.py -->\n", "<!-- until here -->\n")
+TRACES = Path(__file__).parents[2] / "tests" / "traces"
+RESULTS = Path(__file__).parents[2] / "results"
+PAGE = Path(__file__).parents[2] / "docs" / "policies.md"
+MARKS = ("<!-- measured: experiments/ours/compare_traces.py -->\n", "<!-- until here -->\n")
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 

@@ -1,7 +1,7 @@
 """How much each term of EENet's objective, each form of its scorer and each feature matters, and how near its budgets
 it comes: on recorded traces, repeated halves. Writes results/eenet-NAME.json.
 
-    python experiments/eenet_ablation.py tests/traces/sst2.safetensors --costs tests/traces/sst2-costs.json --name sst2
+    python -m experiments.eenet.ablation tests/traces/sst2.safetensors --costs tests/traces/sst2-costs.json --name sst2
 """
 
 import argparse

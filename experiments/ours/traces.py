@@ -1,6 +1,6 @@
 """Small traces for the tests, from recorded runs: float16 logits and labels, no texts, images or names of rows.
 
-python experiments/traces.py runs/ag_news/test.safetensors runs/ag_news/costs.json --name ag_news
+python experiments/ours/traces.py runs/ag_news/test.safetensors runs/ag_news/costs.json --name ag_news
 """
 
 import argparse
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from offramp import CostModel, ExitTrace
 
-TRACES = Path(__file__).parent.parent / "tests" / "traces"
+TRACES = Path(__file__).parents[2] / "tests" / "traces"
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """CIFAR-10 exits on a frozen network: the public ResNet-56 weights, a convolutional head after each of its first two
 block groups, six epochs of the heads alone, and a learned certainty. Writes the trace of the test rows and the costs.
 
-    python experiments/cifar10_frozen.py --data DIR --out runs/cifar10-frozen        # about 25 minutes on one core
+    python experiments/ours/cifar10_frozen.py --data DIR --out runs/cifar10-frozen        # about 25 minutes on one core
 """
 
 import argparse
