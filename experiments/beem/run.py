@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -92,9 +93,9 @@ def main() -> None:
         for cell in left:
             print(f"  {' '.join(map(str, cell))}: about {minutes(cell):.0f} min")
         return
-    failed = []
+    failed, over = [], {cell: threading.Event() for cell in left}
     with ThreadPoolExecutor(options.workers) as pool:
-        for cell, code in zip(left, pool.map(lambda each: _train(each, options), left), strict=True):
+        for cell, code in zip(left, pool.map(lambda each: _train(each, options, over), left), strict=True):
             if code:
                 failed.append(cell)
             else:
@@ -131,9 +132,19 @@ def keep(cell: Cell, runs: Path, results: Path) -> None:
     write_json(index, dict(sorted({**known, folder.name: told}.items())))
 
 
-def _train(cell: Cell, options: argparse.Namespace) -> int:
-    """The exit status of a training."""
+def _train(cell: Cell, options: argparse.Namespace, over: dict[Cell, threading.Event]) -> int:
+    """The exit status of a training, which begins when the one that it goes on from is over."""
     task, name, seed = cell
+    before = over.get((task, VARIANTS[name].after or "", seed))
+    if before is not None:
+        before.wait()
+    try:
+        return _trained(task, name, seed, options)
+    finally:
+        over[cell].set()
+
+
+def _trained(task: str, name: str, seed: int, options: argparse.Namespace) -> int:
     log = options.runs / f"{task}-{name}-{seed}.log"
     began = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
@@ -144,9 +155,7 @@ def _train(cell: Cell, options: argparse.Namespace) -> int:
     with open(log, "a", encoding="utf-8") as file:
         code = subprocess.run(command, stdout=file, stderr=file, env=environment, check=False).returncode
     last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
-    print(
-        f"{' '.join(map(str, cell))}: {last[0] if last else ''} ({duration(time.perf_counter() - began)})", flush=True
-    )
+    print(f"{task} {name} {seed}: {last[0] if last else ''} ({duration(time.perf_counter() - began)})", flush=True)
     return code
 
 

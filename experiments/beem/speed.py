@@ -1,0 +1,98 @@
+"""Measured speed of exits that `run.py` trained, and how right they are beside the network fine-tuned without exits.
+
+    python -m experiments.beem.speed sst2 --data DIR          # some minutes; the machine should be idle
+
+Policies are calibrated on one half of the held-out rows and run live on the other, in ONNX Runtime at batch 1 and 32,
+against the same network without exits in ONNX Runtime: to half of the FLOPs, and to at most 0.3 points under plain on
+the calibration rows. Writes results/beem/speed-TASK.json, cell by cell; given again, it goes on.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from experiments.beem.cells import VARIANTS, folder_of, network_of, rows_of
+from experiments.beem.run import BEST
+from experiments.judge import Cells, alone, told
+from safetensors.torch import load_file
+
+from offramp import Budget, MaxDrop
+from offramp.artefacts import read_json, write_json
+from offramp.bench import Plan, Subject, bench
+from offramp.bench.apart import Opener
+from offramp.checkpoints import named_tensors
+from offramp.choices import calibrator_of
+from offramp.policies import from_dict, to_dict
+from offramp.splits import stratified_split
+from offramp.sweep import Sweep
+
+MARGIN = 0.003
+FAMILIES = ("max-prob", "ztw", "beem-a", "stopping")
+
+
+def calibrated(task: str, seed: int, out: Path) -> None:
+    """Nothing; the file has the policies, and what each answers to the other half beside the plain network."""
+    if out.exists():
+        return
+    cells = Cells()
+    got, other = cells(task, BEST, seed), cells(task, "plain", seed)
+    if got is None or other is None:
+        raise SystemExit(f"{task} is not trained yet: python -m experiments.beem.run --data DIR --only {task}")
+    trace, costs = got
+    fit, test = stratified_split(trace.known_labels("halves"), (0.5, 0.5))
+    plain = alone(other[0], other[0].exits - 1)["right"]
+    rights = (trace.logits[-1].argmax(-1) == trace.labels).double()
+    allowed = max(0.0, float(rights[fit].mean() - plain[fit].mean()) + MARGIN)
+    targets = {"half": Budget(fraction=0.5), "near plain": MaxDrop(min(allowed, 1.0))}
+    rows = []
+    for family in FAMILIES:
+        calibrator, sweep = calibrator_of(family, trace.select(fit), costs), Sweep(trace.select(test), costs)
+        for name, target in targets.items():
+            made = calibrator.to(target, None)
+            said = sweep(made.policy)
+            right = (said.said == sweep.trace.known_labels("halves")).double()
+            rows.append({
+                "policy": f"{family}, {name}", "status": made.status, "target": str(target), "counted": 1 / said.cost,
+                "value": to_dict(made.policy),
+                **told({"right": right, "accuracy": float(right.mean())}, plain={"right": plain[test]}),
+            })  # fmt: skip
+    write_json(out, {"margin": MARGIN, "policies": rows})
+
+
+def subject(task: str, seed: int, data: str, runs: str, policies: str) -> Subject:
+    """The network, and the half of the rows that no policy was calibrated on."""
+    model, tokenizer = network_of(task, VARIANTS[BEST], seed)
+    saved = load_file(folder_of(task, BEST, seed, Path(runs)) / "model.safetensors")
+    with torch.no_grad():
+        for name, tensor in named_tensors(model):
+            tensor.copy_(saved[name])
+    _, held_out = rows_of(task, Path(data), tokenizer)
+    _, test = stratified_split(held_out.labels, (0.5, 0.5))
+    named = {each["policy"]: (from_dict(each["value"]), "fp32") for each in read_json(policies)["policies"]}
+    return Subject(model.eval(), held_out.select(test), named=named, title=f"MiniLM, six exits, {task}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs/beem"))
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each of 16 cells")
+    options = parser.parse_args()
+    out = Path("results/beem") / f"speed-{options.task}.json"
+    beside = out.with_name(f"beside-{options.task}.json")
+    print("calibrating ...", flush=True)
+    calibrated(options.task, options.seed, beside)
+    arguments = {"task": options.task, "seed": options.seed, "data": str(options.data.resolve()),
+                 "runs": str(options.runs.resolve()), "policies": str(beside.resolve())}  # fmt: skip
+    opener = Opener("experiments.beem.speed:subject", arguments)
+    names = tuple(each["policy"] for each in read_json(beside)["policies"])
+    plan = Plan(engines=("onnx",), batch_sizes=(1, 32), policies=names, seconds=options.seconds, threads=1)
+    found = bench(opener(), plan, opener=opener, out=out)
+    for cell in found.cells:
+        print(f"{cell.policy:24} batch {cell.batch_size:3}: {cell.speedup:.2f}x, right {cell.accuracy.value:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""The tables and pictures of docs/results.md, from the JSON files under results/ and from nothing else.
+
+    python -m experiments.render                # or: make results
+    python -m experiments.render --check        # says what differs and writes nothing
+
+What stands between `<!-- made: NAME -->` and `<!-- until here -->` is made anew; what is not measured yet is said so.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from offramp.artefacts import write_atomically
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE, PICTURES = ROOT / "results", ROOT / "docs" / "results.md", ROOT / "docs" / "results"
+BLOCK = re.compile(r"(<!-- made: ([\w-]+) -->\n).*?(<!-- until here -->)", flags=re.DOTALL)
+NAMES = {
+    "entropy": "entropy (DeeBERT, BranchyNet)", "patience": "patience (PABEE)", "f-pabee": "F-PABEE", "ztw": "ZTW",
+    "jei-dnn": "JEI-DNN", "eenet": "EENet", "beem-c": "BEEM-C", "beem-a": "BEEM-A", "max-prob": "max-prob",
+    "msdnet": "MSDNet's rule", "stopping": "stopping (ours)",
+}  # fmt: skip
+TASKS = {"sst2": "SST-2, 20,000 rows", "sst2-full": "SST-2", "rte": "RTE", "mrpc": "MRPC", "cola": "CoLA",
+         "qnli": "QNLI", "ag_news": "AG News"}  # fmt: skip
+RECIPES = {
+    "taught": "fine-tuned first, then taught by it (the base)", "taught-labels": "labels alone, no teacher",
+    "taught-pure": "the teacher alone, no labels", "taught-self": "taught by the last exit instead",
+    "taught-uniform": "every exit weighs the same", "taught-budget": "weights for budgets of 40 to 60 %",
+    "taught-alternating": "last exit and all exits in turns (BERxiT)", "taught-equilibrium": "gradient equilibrium",
+    "taught-detached": "exits' gradients stay in their heads", "taught-layer-decay": "earlier layers learn more slowly",
+    "taught-attention": "attention heads", "taught-pooler": "a projection in every head",
+    "taught-longer": "twice as long", "depth": "jointly from the start, depth weights (PABEE, BEEM)",
+    "longer": "the same, for as long as the base in all", "plain-first": "fine-tuned and taught in one run",
+    "heads-after": "heads alone on the frozen network (DeeBERT)",
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    before = PAGE.read_text(encoding="utf-8")
+    after = rendered(before)
+    if options.check:
+        if before != after:
+            raise SystemExit(f"{PAGE} is not what results/ gives: run python -m experiments.render")
+        return
+    write_atomically(PAGE, lambda path: path.write_text(after, encoding="utf-8"))
+    for path in drawn():
+        print(f"wrote {path}")
+    print(f"wrote {PAGE}")
+
+
+def rendered(page: str) -> str:
+    """The page with every block made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        name, _, what = match[2].partition("-")
+        return f"{match[1]}\n{chr(10).join(BLOCKS[name](what))}\n\n{match[3]}"
+
+    return BLOCK.sub(made, page)
+
+
+def loaded(*path: str) -> dict[str, Any] | None:
+    """A result, None when it is not there yet."""
+    file = RESULTS.joinpath(*path)
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def grid(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table."""
+    return [f"| {' | '.join(each)} |" for each in (head, ["---"] * len(head), *rows)]
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def points(found: dict[str, float]) -> str:
+    """A difference in points with its interval."""
+    return f"{100 * found['value']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
+
+
+def networks(_: str) -> list[str]:
+    """What a user would pick instead: the plain network, and its first layers fine-tuned alone; beside the exits."""
+    table = loaded("beem", "table.json")
+    rows = []
+    for each in (table or {}).get("policies", ()):
+        metric, plain = each["metric"], each["plain"]
+        static = {name: each["static"].get(name) for name in ("static-2", "static-3", "static-4")}
+        rows.append([
+            TASKS[each["task"]], str(each["seed"]), metric, str(each["held_out"]),
+            percent(plain[metric]) if plain else "", *(percent(s[metric]) if s else "" for s in static.values()),
+            " ".join(percent(e[metric]) for e in each["exits"]),
+        ])  # fmt: skip
+    head = ["task", "seed", "metric", "rows", "plain", "2 layers", "3 layers", "4 layers", "exits 1 to 6"]
+    return grid(head, rows) if rows else ["Not measured yet."]
+
+
+def beem(_: str) -> list[str]:
+    """Every policy at accuracy at or above the last exit's on the calibration rows, judged on the others."""
+    table = loaded("beem", "table.json")
+    if not table or not table["policies"]:
+        return ["Not measured yet."]
+    lines = []
+    for each in table["policies"]:
+        metric = each["metric"]
+        lines += [f"**{TASKS[each['task']]}, seed {each['seed']}** ({metric}, {each['held_out']} rows; last exit "
+                  f"{percent(each['last'][metric])}" + (f", plain {percent(each['plain'][metric])})"
+                  if each["plain"] else ")"), ""]  # fmt: skip
+        rows = [
+            [NAMES[row["family"]], row["target"], percent(row[metric]), f"{1 / row['cost']:.2f}x",
+             points(row["less_plain"]) if "less_plain" in row else ""]
+            for row in each["rows"] if "of the plain" not in row["target"]
+        ]  # fmt: skip
+        lines += [*grid(["policy", "thresholds from", metric, "counted speed-up", "accuracy less plain"], rows), ""]
+    return lines[:-1]
+
+
+def budgets(_: str) -> list[str]:
+    """Every policy at every budget."""
+    table = loaded("beem", "table.json")
+    if not table or not table["policies"]:
+        return ["Not measured yet."]
+    lines = []
+    for each in table["policies"]:
+        metric = each["metric"]
+        by: dict[str, list[str]] = {}
+        for row in each["rows"]:
+            if "of the plain" in row["target"]:
+                by.setdefault(row["family"], []).append(f"{percent(row[metric])} at {row['cost']:.2f}")
+        head = [f"{TASKS[each['task']]}, seed {each['seed']}", *(f"{100 * b:.0f} %" for b in table["budgets"])]
+        lines += [*grid(head, [[NAMES[family], *cells] for family, cells in by.items()]), ""]
+    return lines[:-1]
+
+
+def recipes(_: str) -> list[str]:
+    """The ablation: the mean over budgets and two policies, and the paired difference to the base recipe."""
+    table = loaded("beem", "table.json")
+    if not table or not any(table["recipes"].values()):
+        return ["Not measured yet."]
+    found = {task: {row["variant"]: row for row in rows} for task, rows in table["recipes"].items() if rows}
+    lines = []
+    for variant, text in RECIPES.items():
+        cells = []
+        for rows in found.values():
+            row = rows.get(variant)
+            cells.append("" if row is None else percent(row["mean"]) if variant == table["best"]
+                         else f"{percent(row['mean'])}, {points(row['less_base'])}")  # fmt: skip
+        if any(cells):
+            lines.append([text, *cells])
+    return grid(["recipe", *(TASKS[task] for task in found)], lines)
+
+
+def eenet(name: str) -> list[str]:
+    """EENet's table of a network."""
+    found = loaded("eenet", f"{name}.json")
+    if not found:
+        return ["Not measured yet."]
+    lines = []
+    for exits, table in found["tables"].items():
+        alone = " ".join(percent(e["accuracy"]) for e in table["exits"])
+        costs = " ".join(f"{100 * c:.0f}" for c in table["cumulative"])
+        lines += [f"{exits[0].upper()}{exits[1:]}: alone {alone} %, at {costs} % of the cost; {table['held_out']} "
+                  "rows.", ""]  # fmt: skip
+        groups: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = {}
+        for row in table["rows"]:
+            groups.setdefault((row["unit"], row["batch_size"]), {}).setdefault(row["family"], []).append(row)
+        for (unit, size), families in groups.items():
+            by = "FLOPs" if unit == "fraction" else f"milliseconds at batch {size}"
+            rows = [
+                [NAMES[f], *(f"{percent(r['accuracy'])} at {r['cost']:.2f}, {points(r['less_eenet'])}" for r in each)]
+                for f, each in families.items()
+            ]
+            lines += [*grid([by, *(f"{100 * b:.0f} %" for b in found["budgets"])], rows), ""]
+    return lines[:-1]
+
+
+def speed(name: str) -> list[str]:
+    """What `offramp bench` measured, beside the network that was fine-tuned without exits."""
+    found, beside = loaded("beem", f"speed-{name}.json"), loaded("beem", f"beside-{name}.json")
+    if not found or not beside:
+        return ["Not measured yet."]
+    cells: dict[str, dict[int, Any]] = {}
+    for cell in found["fields"]["cells"]:
+        cells.setdefault(cell["policy"], {})[cell["batch_size"]] = cell
+    sizes = sorted({size for each in cells.values() for size in each})
+    rows = []
+    for each in beside["policies"]:
+        mine = cells.get(each["policy"], {})
+        live = [f"**{mine[size]['speedup']:.2f}x**" if size in mine else "" for size in sizes]
+        right = [percent(mine[size]["accuracy"]["value"]) for size in sizes if size in mine]
+        rows.append([each["policy"], f"{each['counted']:.2f}x", *live, " ".join(dict.fromkeys(right)),
+                     points(each["less_plain"])])  # fmt: skip
+    head = ["policy", "counted", *(f"measured, batch {size}" for size in sizes), "accuracy, live", "less plain"]
+    return [f"{found['fields']['machine']}; ONNX Runtime.", "", *grid(head, rows)]
+
+
+def times(_: str) -> list[str]:
+    """How long the trainings took, by task."""
+    rows = []
+    for file in ("beem", "eenet"):
+        cells = loaded(file, "cells.json") or {}
+        tasks: dict[str, list[dict[str, Any]]] = {}
+        for cell in cells.values():
+            tasks.setdefault(cell["task"], []).append(cell)
+        for task, each in tasks.items():
+            hours = sum(cell["seconds"] for cell in each) / 3600
+            rows.append([TASKS.get(task, task), str(len(each)), f"{hours:.1f} h", each[0]["machine"]])
+    return grid(["task", "trainings", "in all", "machine"], rows) if rows else ["Not measured yet."]
+
+
+BLOCKS: dict[str, Callable[[str], list[str]]] = {
+    "networks": networks, "beem": beem, "budgets": budgets, "recipes": recipes, "eenet": eenet, "speed": speed,
+    "times": times,
+}  # fmt: skip
+
+
+def drawn() -> list[Path]:
+    """The pictures, written: accuracy over cost, a curve for each policy, points for the static networks."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams |= {"svg.hashsalt": "offramp", "svg.fonttype": "none", "font.size": 8, "axes.linewidth": 0.6}
+    table, paths = loaded("beem", "table.json"), []
+    for each in (table or {}).get("policies", ()):
+        if each["seed"] != 0:
+            continue
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.subplots()
+        metric, families = each["metric"], {}
+        for row in each["rows"]:
+            if "of the plain" in row["target"]:
+                families.setdefault(row["family"], []).append((100 * row["cost"], 100 * row[metric]))
+        for i, (family, curve) in enumerate(families.items()):
+            axes.plot(*zip(*sorted(curve), strict=True), ".-", lw=1, ms=4, color=f"C{i}", label=NAMES[family])
+        if each["plain"]:
+            axes.axhline(100 * each["plain"][metric], color="#444444", lw=0.8, ls="--", label="plain")
+        for i, (name, static) in enumerate(each["static"].items()):
+            axes.plot(100 * static["cost"], 100 * static[metric], "k^", ms=6, label=None if i else "fewer layers alone")
+            axes.annotate(name.removeprefix("static-"), (100 * static["cost"], 100 * static[metric]),
+                          xytext=(4, -9), textcoords="offset points")  # fmt: skip
+        axes.set_xlabel("counted cost, % of the plain network (heads included)")
+        axes.set_ylabel(f"{metric}, %")
+        axes.set_title(f"{TASKS[each['task']]}: rows that neither training nor calibration saw", fontsize=9)
+        axes.legend(fontsize=6, ncols=2)
+        axes.grid(alpha=0.25)
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        path = PICTURES / f"{each['task']}.svg"
+        write_atomically(path, lambda to, f=figure: f.savefig(to, format="svg", metadata={"Date": None}))
+        paths.append(path)
+    return paths
+
+
+if __name__ == "__main__":
+    main()
