@@ -5,10 +5,11 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart sst2 test test-web bench lint format docs clean
+PAPERS := experiments/beem experiments/beem-table experiments/beem-speed experiments/eenet-cifar10 experiments/eenet-sst2 experiments/eenet-ag_news
+.PHONY: help quickstart sst2 test test-web bench lint format docs clean results $(PAPERS)
 
 help: ## list the targets
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z0-9_/-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 26
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +41,27 @@ test-web: $(VENV)/.dev ## check that Python, Node and a web page decide alike (n
 
 bench: $(VENV)/.dev ## measured time of stages, exits and policies on this machine
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+DATA = $(or $(OFFRAMP_DATA),$(error set OFFRAMP_DATA=DIR, the folder with the data sets))
+
+experiments/beem: $(VENV)/.dev ## train what BEEM's table and the recipes need: hours; ARGS='--list' says how many (set OFFRAMP_DATA=DIR)
+	$(BIN)/python -m experiments.beem.run --data $(DATA) $(ARGS)
+
+experiments/beem-table: $(VENV)/.dev ## judge policies and recipes on what results/beem has
+	$(BIN)/python -m experiments.beem.table $(ARGS)
+
+experiments/beem-speed: $(VENV)/.dev ## measure the speed of the trained exits on SST-2 (set OFFRAMP_DATA=DIR)
+	$(BIN)/python -m experiments.beem.speed sst2 --data $(DATA) $(ARGS)
+
+experiments/eenet-cifar10: $(VENV)/.dev ## train ResNet-56 with exits on CIFAR-10, hours, and judge policies (set OFFRAMP_DATA=DIR)
+	$(BIN)/python -m experiments.eenet.train basic --data $(DATA) $(ARGS)
+	$(BIN)/python -m experiments.eenet.table cifar10
+
+experiments/eenet-sst2 experiments/eenet-ag_news: experiments/eenet-%: $(VENV)/.dev
+	$(BIN)/python -m experiments.eenet.table $*
+
+results: $(VENV)/.dev ## make the tables and pictures of docs/results.md from results/
+	$(BIN)/python -m experiments.render
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check src tests benchmarks experiments examples docs

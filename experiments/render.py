@@ -133,6 +133,8 @@ def budgets(_: str) -> list[str]:
             if "of the plain" in row["target"]:
                 by.setdefault(row["family"], []).append(f"{percent(row[metric])} at {row['cost']:.2f}")
         head = [f"{TASKS[each['task']]}, seed {each['seed']}", *(f"{100 * b:.0f} %" for b in table["budgets"])]
+        if each["seed"] == 0:
+            lines += [f"![Accuracy over counted cost, {TASKS[each['task']]}](results/{each['task']}.svg)", ""]
         lines += [*grid(head, [[NAMES[family], *cells] for family, cells in by.items()]), ""]
     return lines[:-1]
 
