@@ -6,12 +6,17 @@ et al. 2017, section 3) and MSDNet (Huang et al. 2018, section 4) for the networ
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["EXITS", "DenseNet", "MSDHead", "MSDNet", "densenet121", "msdnet", "resnet_bottleneck"]
+from offramp.demo import resnet56
+
+__all__ = [
+    "EXITS", "DenseNet", "MSDHead", "MSDNet", "densenet121", "msdnet", "public_resnet56", "resnet_bottleneck",
+]  # fmt: skip
 
 
 def _conv(before: int, after: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
@@ -271,6 +276,16 @@ EXITS = {
 def resnet_bottleneck(classes: int = 10) -> BottleneckResNet:
     """EENet's ResNet-56: nine bottlenecks in each group; exits behind the ninth and the eighteenth."""
     return BottleneckResNet((9, 9, 9), classes)
+
+
+def public_resnet56(data: Path) -> nn.Module:
+    """The usual ResNet-56 (basic blocks) with the public CIFAR-10 weights in DATA/checkpoints, whose names carry
+    "module."; its images are normalised by ImageNet's mean and deviation."""
+    (weights,) = sorted((data / "checkpoints").glob("resnet56-*.th"))
+    network = resnet56()
+    found = torch.load(weights, weights_only=True, map_location="cpu")["state_dict"]
+    network.load_state_dict({name.removeprefix("module."): value for name, value in found.items()}, strict=False)
+    return network.eval()
 
 
 def densenet121(classes: int = 10) -> DenseNet:

@@ -38,8 +38,11 @@ EXITS = {
 def source(name: str) -> tuple[ExitTrace, CostModel, dict[str, Any]]:
     """(what all exits said, what they cost, how the network was trained)."""
     if name == "cifar10":
-        cell = read_json(RESULTS / "basic-0.json")
-        return ExitTrace.load(RESULTS / "basic-0.safetensors"), CostModel.load(RESULTS / "basic-0-costs.json"), cell
+        made = [name for name in ("basic-0", "tuned-0") if (RESULTS / f"{name}.json").exists()]
+        if not made:
+            raise SystemExit("no network is trained yet: python -m experiments.eenet.train basic --data DIR")
+        trace, costs = (RESULTS / f"{made[0]}{end}" for end in (".safetensors", "-costs.json"))
+        return ExitTrace.load(trace), CostModel.load(costs), read_json(RESULTS / f"{made[0]}.json")
     cells = Cells()
     variant = next((v for v in (f"{name}-full-taught-0", f"{name}-taught-0") if v in cells.told), None)
     if variant is None:

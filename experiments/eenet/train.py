@@ -2,19 +2,22 @@
 
     python -m experiments.eenet.train resnet56 --data DIR       # bottlenecks, heads of three convolutions; 30 epochs
     python -m experiments.eenet.train basic --data DIR          # the usual ResNet-56 with light heads
+    python -m experiments.eenet.train tuned --data DIR          # the same, begun with the public weights; 8 epochs
     python -m experiments.eenet.train densenet121 --data DIR --epochs 1 --limit 2000       # where there is no GPU
 
-EENet trains 150 epochs. Writes runs/eenet/NETWORK-SEED/{model.safetensors,trace.safetensors,costs.json,cell.json}; says
-what it will take before it begins. Given again after a stop, it goes on.
+EENet trains 150 epochs. Weights go to runs/eenet/NETWORK-SEED/, what the exits said of the test rows to
+results/eenet/NETWORK-SEED.safetensors (not with --limit), with costs and how it was trained. It says what it will take
+before it begins. Given again after a stop, it goes on.
 """
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from experiments.eenet.networks import EXITS, MSDHead, MSDNet, densenet121, resnet_bottleneck
+from experiments.eenet.networks import EXITS, MSDHead, MSDNet, densenet121, public_resnet56, resnet_bottleneck
 from safetensors.torch import save_file
 
 from offramp import EENetLoss, MapHead, Recipe, attach, measure, record, train
@@ -26,23 +29,24 @@ from offramp.estimate import estimate
 from offramp.machine import fast_precision, machine_line, versions
 from offramp.tasks import load_images
 
-NETWORKS = ("resnet56", "basic", "densenet121", "msdnet")
+#: Behind blocks 9, 12, 15 and 18 of 27: the first and the last of these are EENet's; costs of about 33, 45, 56, 67 %.
+BASIC = ("layer1", "layer2.2", "layer2.5", "layer2.8")
+NETWORKS = ("resnet56", "basic", "tuned", "densenet121", "msdnet")
 
 
-def network_of(name: str, seed: int) -> Any:
+def network_of(name: str, seed: int, data: Path) -> Any:
     """The network with its exits."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         example = torch.zeros(2, 3, 32, 32)
-        if name == "basic":
-            return attach(resnet56(seed=seed), at=("layer1", "layer2"), head=MapHead(grid=4), example=example)
+        if name in ("basic", "tuned"):
+            network = resnet56(seed=seed) if name == "basic" else public_resnet56(data)
+            return attach(network, at=BASIC, head=MapHead(grid=4), example=example)
         if name == "resnet56":
             return attach(resnet_bottleneck(), at=EXITS[name], head=MapHead(convs=3, divide=4), example=example)
         if name == "densenet121":
             return attach(densenet121(), at=EXITS[name], head=MapHead(convs=3), example=example)
-        return attach(
-            MSDNet(10), at=EXITS[name], head=lambda shape, classes: MSDHead(shape[1], classes), example=example
-        )
+        return attach(MSDNet(10), at=EXITS[name], head=_msd_head, example=example)
 
 
 def _msd_head(shape: tuple[int, ...], classes: int) -> MSDHead:
@@ -54,7 +58,8 @@ def main() -> None:
     parser.add_argument("network", choices=NETWORKS)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/eenet"))
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--results", type=Path, default=Path("results/eenet"))
+    parser.add_argument("--epochs", type=int, default=None, help="30; 8 for tuned")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, default=None, help="training images, by seed")
     parser.add_argument("--threads", type=int, default=None)
@@ -63,16 +68,16 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     folder = options.runs / f"{options.network}-{options.seed}"
-    model = network_of(options.network, options.seed)
-    rows, test = (
-        load_images("cifar10", options.data, "train", normalise="cifar"),
-        load_images("cifar10", options.data, "test", normalise="cifar"),
-    )
+    model = network_of(options.network, options.seed, options.data)
+    tuned = options.network == "tuned"
+    normalise = "imagenet" if tuned else "cifar"
+    rows, test = (load_images("cifar10", options.data, split, normalise=normalise) for split in ("train", "test"))
     if options.limit is not None:
         picked = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed))[: options.limit]
         rows = rows.select(picked)
     recipe = Recipe(
-        epochs=options.epochs, batch_size=128, lr=0.1, optimizer="sgd", weight_decay=5e-4, schedule="step", warmup=0.0,
+        epochs=options.epochs or (8 if tuned else 30), batch_size=128, lr=0.02 if tuned else 0.1, optimizer="sgd",
+        weight_decay=5e-4, schedule="cosine" if tuned else "step", warmup=0.0,
         clip_norm=None, precision=fast_precision(), channels_last=True, augment=CropFlip(), seed=options.seed,
     )  # fmt: skip
     print(f"{options.network}: {estimate(model, rows, objective=EENetLoss(), recipe=recipe)}", flush=True)
@@ -83,7 +88,7 @@ def main() -> None:
     write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path))
     trace = record(model, test, batch_size=250)
     trace.save(folder / "trace.safetensors", half=True)
-    measure(model, torch.zeros(2, 3, 32, 32), batch_sizes=()).save(folder / "costs.json")
+    costs = measure(model, torch.zeros(2, 3, 32, 32), batch_sizes=())
     value = {
         "network": options.network, "seed": options.seed, "rows": len(rows), "accuracy": trace.accuracy(),
         "recipe": recipe.describe(), "report": report.to_dict(), "threads": torch.get_num_threads(),
@@ -91,6 +96,11 @@ def main() -> None:
         "data": {"train": rows.fingerprint(), "test": test.fingerprint()},
     }  # fmt: skip
     write_json(folder / "cell.json", value)
+    if options.limit is None:
+        kept = options.results / f"{options.network}-{options.seed}"
+        replace(trace, ids=None).save(kept.with_suffix(".safetensors"), half=True)
+        costs.save(f"{kept}-costs.json")
+        write_json(kept.with_suffix(".json"), value)
     print(json.dumps(value["accuracy"]))
 
 

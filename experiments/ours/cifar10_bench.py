@@ -1,18 +1,17 @@
 """What exits save in ResNet-56 on CIFAR-10, measured: the public weights, frozen, and two light heads (a linear layer
 on 4 x 4 averages of the map), trained for two epochs. Writes results/engines-cifar10.json.
 
-    python experiments/ours/cifar10_bench.py --data DIR         # heads about 10 minutes, once; then about 20 of timing
+    python -m experiments.ours.cifar10_bench --data DIR         # heads about 10 minutes, once; then about 20 of timing
 
 Policies are calibrated on 2,000 test images to the fraction, and judged on 2,000 others. The network was trained by
 others on the training images, its heads here; no test image was seen by either.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
-from cifar10_frozen import frozen_resnet56
+from experiments.eenet.networks import public_resnet56
 from safetensors.torch import load_file, save_file
 
 from offramp import MapHead, Recipe, attach, train
@@ -32,8 +31,9 @@ WEIGHTS = "model.safetensors"
 def model_of(data: Path) -> torch.nn.Module:
     """ResNet-56 with light heads behind its first two groups, not trained yet."""
     torch.manual_seed(0)
-    network = frozen_resnet56(sorted((data / "checkpoints").glob("resnet56-*.th"))[0])
-    return attach(network, at=("layer1", "layer2"), head=MapHead(grid=4), example=torch.zeros(2, 3, 32, 32))
+    return attach(
+        public_resnet56(data), at=("layer1", "layer2"), head=MapHead(grid=4), example=torch.zeros(2, 3, 32, 32)
+    )
 
 
 def heads_trained(data: Path, out: Path) -> None:
@@ -67,8 +67,10 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.out / WEIGHTS).exists():
         heads_trained(options.data, options.out)
-    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    opener = Opener("cifar10_bench:subject", {"data": str(options.data.resolve()), "out": str(options.out.resolve())})
+    opener = Opener(
+        "experiments.ours.cifar10_bench:subject",
+        {"data": str(options.data.resolve()), "out": str(options.out.resolve())},
+    )
     plan = Plan(
         engines=options.engines.split(","), batch_sizes=(1, 64), policies=("max-prob", "beem-a"), fraction=0.65,
         seconds=options.seconds, threads=1,

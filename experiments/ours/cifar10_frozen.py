@@ -1,7 +1,7 @@
 """CIFAR-10 exits on a frozen network: the public ResNet-56 weights, a convolutional head after each of its first two
 block groups, six epochs of the heads alone, and a learned certainty. Writes the trace of the test rows and the costs.
 
-    python experiments/ours/cifar10_frozen.py --data DIR --out runs/cifar10-frozen        # about 25 minutes on one core
+    python -m experiments.ours.cifar10_frozen --data DIR --out runs/cifar10-frozen        # about 25 minutes on one core
 """
 
 import argparse
@@ -9,19 +9,11 @@ import json
 from pathlib import Path
 
 import torch
+from experiments.eenet.networks import public_resnet56
 
 from offramp import DepthWeighted, MapHead, Recipe, attach, learn_certainty, measure, record, train
 from offramp.augment import CropFlip
-from offramp.demo import resnet56
 from offramp.tasks import load_images
-
-
-def frozen_resnet56(weights: Path) -> torch.nn.Module:
-    """ResNet-56 with the public weights, whose names carry "module."."""
-    network = resnet56()
-    found = torch.load(weights, weights_only=True, map_location="cpu")["state_dict"]
-    network.load_state_dict({name.removeprefix("module."): value for name, value in found.items()}, strict=False)
-    return network.eval()
 
 
 def main() -> None:
@@ -30,10 +22,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10-frozen"))
     parser.add_argument("--epochs", type=int, default=6)
     options = parser.parse_args()
-    weights = sorted((options.data / "checkpoints").glob("resnet56-*.th"))[0]
     torch.manual_seed(0)
     model = attach(
-        frozen_resnet56(weights), at=("layer1", "layer2"), head=MapHead(convs=3), example=torch.zeros(2, 3, 32, 32)
+        public_resnet56(options.data), at=("layer1", "layer2"), head=MapHead(convs=3), example=torch.zeros(2, 3, 32, 32)
     )
     recipe = Recipe(
         epochs=options.epochs, batch_size=128, lr=5e-3, schedule="cosine", weight_decay=1e-2, channels_last=True,

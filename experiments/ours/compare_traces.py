@@ -1,8 +1,8 @@
 """Every policy on every committed trace: accuracy at cost with paired intervals against max-prob, over repeated halves.
 Writes results/compare-NAME.json and the table in docs/policies.md.
 
-    python experiments/ours/compare_traces.py                      # about 20 minutes on two cores
-    python experiments/ours/compare_traces.py --names sst2,cola
+    python -m experiments.ours.compare_traces                      # about 20 minutes on two cores
+    python -m experiments.ours.compare_traces --names sst2,cola
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Do engines decide as the simulator does, and what does a precision cost each exit? Writes results/*-parity.json.
 
-    python experiments/ours/engines.py runs/sst2 --data DATA          # about 30 minutes on two cores
+    python -m experiments.ours.engines runs/sst2 --data DATA          # about 30 minutes on two cores
 
 For every engine and precision: its own logits are recorded, every family is calibrated on half of the rows to half of
 the plain model's FLOPs, and the other half runs live at several batch sizes. A row counts as near when a score lies so

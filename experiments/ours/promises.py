@@ -1,7 +1,7 @@
 """How often promises fail: certify rows drawn a thousand times with replacement from the pool of a real trace, failure
 counted on the whole pool. Writes results/promises-NAME.json.
 
-    python experiments/ours/promises.py runs/ag_news/test.safetensors --costs runs/ag_news/costs.json --name ag_news
+    python -m experiments.ours.promises runs/ag_news/test.safetensors --costs runs/ag_news/costs.json --name ag_news
 
 The policies are max-prob with one threshold from a grid that no row has chosen, so that nothing is fitted and the whole
 pool can be drawn from.

@@ -1,6 +1,6 @@
 """Small traces for the tests, from recorded runs: float16 logits and labels, no texts, images or names of rows.
 
-python experiments/ours/traces.py runs/ag_news/test.safetensors runs/ag_news/costs.json --name ag_news
+python -m experiments.ours.traces runs/ag_news/test.safetensors runs/ag_news/costs.json --name ag_news
 """
 
 import argparse
