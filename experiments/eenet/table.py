@@ -37,19 +37,20 @@ EXITS = {
 
 def source(name: str) -> tuple[ExitTrace, CostModel, dict[str, Any]]:
     """(what all exits said, what they cost, how the network was trained)."""
+    timed = RESULTS / f"{name}-costs.json"
     if name == "cifar10":
         made = [name for name in ("basic-0", "tuned-0") if (RESULTS / f"{name}.json").exists()]
         if not made:
             raise SystemExit("no network is trained yet: python -m experiments.eenet.train basic --data DIR")
-        trace, costs = (RESULTS / f"{made[0]}{end}" for end in (".safetensors", "-costs.json"))
-        return ExitTrace.load(trace), CostModel.load(costs), read_json(RESULTS / f"{made[0]}.json")
+        costs = next(p for p in (timed, RESULTS / f"{made[0]}-costs.json") if p.exists())
+        trace = ExitTrace.load(RESULTS / f"{made[0]}.safetensors")
+        return trace, CostModel.load(costs), read_json(RESULTS / f"{made[0]}.json")
     cells = Cells()
     variant = next((v for v in (f"{name}-full-taught-0", f"{name}-taught-0") if v in cells.told), None)
     if variant is None:
         raise SystemExit(f"{name} is not trained yet: python -m experiments.beem.run --data DIR --only {name}")
     task, kind, seed = variant.rsplit("-", 2)
     got = cells(task, kind, int(seed))
-    timed = RESULTS / f"{name}-costs.json"
     return got[0], CostModel.load(timed) if timed.exists() else got[1], cells.told[variant]  # type: ignore[index]
 
 
