@@ -1,5 +1,5 @@
-"""What stages and heads of a trained network take in ONNX Runtime at batch 1 and 32, for budgets in milliseconds. Writes
-results/eenet/NAME-costs.json; the machine should be idle.
+"""What stages and heads of a trained network take in ONNX Runtime at batch 1 and 32, for budgets in milliseconds.
+Writes results/eenet/NAME-costs.json; the machine should be idle.
 
     python -m experiments.eenet.timed cifar10 --data DIR          # about a minute
 """
