@@ -1,0 +1,123 @@
+"""Vocabulary heads behind a decoder's layers."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from offramp.errors import ValueRangeError
+from offramp.generation.decoders import Decoder, decoder_of
+
+__all__ = ["FactorisedHead", "FullHead", "SharedHead", "TokenExits", "attach_tokens"]
+
+
+class SharedHead(nn.Module):
+    """The decoder's own last norm and vocabulary head: no parameters of its own, and all of their work."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self._decoder = [decoder]  # in a list, so that its weights are not counted as this head's
+
+    def forward(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch token"]:
+        """Logits over the vocabulary."""
+        (decoder,) = self._decoder
+        return decoder.logits(decoder.finish(hidden))
+
+
+class FullHead(nn.Module):
+    """A norm and a matrix from hidden states to the vocabulary, begun as the decoder's own: the paper's heads.
+
+    Source: BEEM (Bajpai and Hanawal 2025), section 4.2, captioning.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(decoder.width)
+        self.out = nn.Linear(decoder.width, decoder.vocabulary, bias=False)
+        with torch.no_grad():
+            self.out.weight.copy_(decoder.head.weight)
+
+    def forward(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch token"]:
+        """Logits over the vocabulary."""
+        return self.out(self.norm(hidden))  # type: ignore[no-any-return]
+
+
+class FactorisedHead(nn.Module):
+    """A norm, a matrix down to `rank` and one from there to the vocabulary: rank / width of a full head's work."""
+
+    def __init__(self, decoder: Decoder, rank: int | None = None) -> None:
+        super().__init__()
+        rank = min(64, decoder.width) if rank is None else rank
+        if not 1 <= rank <= decoder.width:
+            raise ValueRangeError(f"the rank is {rank}; expected 1 to the decoder's width, {decoder.width}.")
+        self.norm = nn.LayerNorm(decoder.width)
+        self.down = nn.Linear(decoder.width, rank, bias=False)
+        self.out = nn.Linear(rank, decoder.vocabulary)
+
+    def forward(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch token"]:
+        """Logits over the vocabulary."""
+        return self.out(self.down(self.norm(hidden)))  # type: ignore[no-any-return]
+
+
+class TokenExits(nn.Module):
+    """A decoder with vocabulary heads behind some of its layers, the last of which is the decoder's own.
+
+    Args:
+        decoder: from `decoder_of`.
+        at: the layers with an exit behind them, 0-based and rising; the last layer is always an exit besides.
+        heads: one for each of `at`.
+    """
+
+    def __init__(self, decoder: Decoder, at: tuple[int, ...], heads: list[nn.Module]) -> None:
+        super().__init__()
+        self.network = decoder.network
+        self.heads = nn.ModuleList(heads)
+        self.decoder, self.at = decoder, at
+
+    @property
+    def exits(self) -> int:
+        """Exits, the last one included."""
+        return len(self.at) + 1
+
+    @property
+    def classes(self) -> int:
+        """Tokens of the vocabulary."""
+        return self.decoder.vocabulary
+
+    def said(self, k: int, hidden: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch token"]:
+        """The logits of exit k for hidden states behind its layer."""
+        if k == len(self.at):
+            return self.decoder.logits(self.decoder.finish(hidden))
+        return self.heads[k](hidden)  # type: ignore[no-any-return]
+
+
+def attach_tokens(
+    network: Any, at: tuple[int, ...] | None = None, *, head: str = "factorised", rank: int | None = None
+) -> TokenExits:
+    """A language model of transformers with vocabulary heads behind some of its layers.
+
+    Args:
+        network: e.g. GPT2LMHeadModel or LlamaForCausalLM; it is used as it is, not copied.
+        at: layers, 0-based; every one but the last unless given.
+        head: "factorised" (to `rank` and from there to the vocabulary), "full" (the paper's), or "shared" (the
+            decoder's own).
+        rank: of factorised heads; 64 unless given, or the width where that is less.
+
+    Raises:
+        ValueRangeError: the network, a layer or the head is none that can be used.
+    """
+    decoder = decoder_of(network)
+    at = tuple(range(decoder.layers - 1)) if at is None else tuple(at)
+    if list(at) != sorted(set(at)) or not all(0 <= j < decoder.layers - 1 for j in at):
+        raise ValueRangeError(
+            f"exits are wanted behind the layers {at}; expected rising numbers from 0 to {decoder.layers - 2}, as the "
+            "last layer is an exit anyway."
+        )
+    kinds = {
+        "factorised": lambda: FactorisedHead(decoder, rank), "full": lambda: FullHead(decoder),
+        "shared": lambda: SharedHead(decoder),
+    }  # fmt: skip
+    if head not in kinds:
+        raise ValueRangeError(f"the head is {head!r}; expected one of {', '.join(kinds)}.")
+    return TokenExits(decoder, at, [kinds[head]() for _ in at])

@@ -1,0 +1,80 @@
+"""Generation without any cache: slow, short, and what the fast one is tested against."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from offramp.generation.heads import TokenExits
+from offramp.generation.loop import Generated
+from offramp.graph import eval_mode
+from offramp.policies.base import Evidence, Policy, State, visits
+
+__all__ = ["generate_without_cache"]
+
+
+@torch.inference_mode()
+def generate_without_cache(
+    model: TokenExits, policy: Policy | None, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+    end: int | None = None, encoded: Tensor | None = None,
+) -> Generated:  # fmt: skip
+    """As `generate`, greedily, one row after the other, with everything computed anew for every token.
+
+    A token that left behind layer e has, in all later layers, the hidden state that it left with.
+    """
+    tokens, exits = [], []
+    with eval_mode(model):
+        for row, prompt in enumerate(prompts):
+            memory = None if encoded is None else encoded[row : row + 1]
+            said = _row(model, policy, list(prompt), max_new_tokens, end, memory)
+            tokens.append(said[0])
+            exits.append(said[1])
+    return Generated(tuple(tokens), tuple(exits))
+
+
+def _row(
+    model: TokenExits, policy: Policy | None, ids: list[int], new: int, end: int | None, encoded: Tensor | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    decoder, last = model.decoder, model.exits - 1
+    prompt = len(ids)
+    left = [decoder.layers - 1] * prompt  # behind which layer each token left
+    exits = [last]
+    while True:
+        logits, exit_, layer = _whole(model, ids, left, policy, encoded, len(ids) > prompt)
+        if len(ids) > prompt:
+            left[-1] = layer
+            exits.append(exit_)
+        ids.append(int(logits.argmax()))
+        left.append(decoder.layers - 1)
+        if len(ids) - prompt == new or ids[-1] == end:
+            return tuple(ids[prompt:]), tuple(exits)
+
+
+def _whole(
+    model: TokenExits, ids: list[int], left: list[int], policy: Policy | None, encoded: Tensor | None, asks: bool
+) -> tuple[Tensor, int, int]:
+    """(logits behind the last token, its exit, its layer), with the earlier tokens held where they left."""
+    decoder = model.decoder
+    device = next(model.parameters()).device
+    positions = torch.arange(len(ids), device=device)[None]
+    mask = torch.ones(len(ids), len(ids), dtype=torch.bool, device=device).tril()
+    memory = None if encoded is None else decoder.memory(encoded)
+    hidden = decoder.embed(torch.tensor([ids], device=device), positions)
+    behind = {j: k for k, j in enumerate(model.at)}
+    wanted = () if policy is None or not asks else visits(policy, model.exits)
+    state: State | None = None
+    for j in range(decoder.layers):
+        after = decoder.layer(j, hidden, positions, lambda _, keys, values: (keys, values, mask), memory)
+        stays = torch.tensor([layer < j for layer in left], device=device)[None, :, None]
+        hidden = torch.where(stays, hidden, after)
+        k = behind.get(j)
+        if policy is not None and k in wanted and k is not None:
+            seen = Evidence(model.said(k, hidden[:, -1]))
+            step = policy.step(k, seen, policy.init(seen) if state is None else state)
+            state = step.state
+            if bool(step.stop):
+                return step.answer[0], k, j
+    said = model.said(model.exits - 1, hidden[:, -1])
+    if policy is not None and state is not None:
+        said = policy.step(model.exits - 1, Evidence(said), state).answer
+    return said[0], model.exits - 1, decoder.layers - 1

@@ -1,0 +1,181 @@
+"""Generation with exits: as transformers where none is taken, and as without a cache where they are."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from offramp.errors import ShapeError, ValueRangeError  # noqa: E402
+from offramp.generation import attach_tokens, decoder_of, generate, generate_without_cache  # noqa: E402
+from offramp.policies import BEEM, Entropy, MaxProb, Patience  # noqa: E402
+
+WORDS, LAYERS = 97, 5
+PLAIN = {"vocab_size": WORDS, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 64, **PLAIN}  # fmt: skip
+
+
+def gpt2(**more: Any) -> Any:
+    config = transformers.GPT2Config(
+        n_positions=64, n_embd=32, n_layer=LAYERS, n_head=4, tie_word_embeddings=False, **PLAIN, **more
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+MAKERS: dict[str, Callable[[], Any]] = {
+    "gpt2": gpt2,
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(head_dim=16, **SIZES)),
+}
+POLICIES = {
+    "max-prob": MaxProb(thresholds=(0.5,) * LAYERS),
+    "entropy": Entropy(thresholds=(0.5,) * LAYERS),
+    "patience": Patience(patience=1),
+    "beem": BEEM(weights=(0.6,) * LAYERS, thresholds=(0.4,) * LAYERS),
+}
+
+
+def loud(network: Any) -> Any:
+    """The network with weights so large that its probabilities are far from even."""
+    for parameter in network.parameters():
+        parameter.data *= 1.0 if parameter.ndim < 2 else 6.0
+    getattr(network, "decoder", network).lm_head.weight.data *= 4.0
+    return network.eval()
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def network(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    return loud(MAKERS[request.param]())
+
+
+def prompts(count: int, seed: int = 1) -> list[list[int]]:
+    dice = random.Random(seed)
+    return [[dice.randrange(WORDS) for _ in range(dice.randint(1, 9))] for _ in range(count)]
+
+
+def of_transformers(network: Any, given: list[list[int]], new: int, **more: Any) -> list[list[int]]:
+    """What transformers generates greedily, with the prompts padded in front."""
+    longest = max(map(len, given))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in given])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in given])
+    said = network.generate(
+        ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None, **more
+    )
+    return said[:, longest:].tolist()
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_without_exits_it_is_what_transformers_gives(network: Any, batch: int) -> None:
+    given = prompts(batch)
+    ours = generate(attach_tokens(network), None, given, max_new_tokens=20)
+    assert [list(row) for row in ours.tokens] == of_transformers(network, given, 20)
+    assert {exit_ for row in ours.exits for exit_ in row} == {LAYERS - 1}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_with_exits_it_is_what_no_cache_gives(network: Any, batch: int, policy: str) -> None:
+    model, given = attach_tokens(network, head="shared"), prompts(batch, seed=2)
+    slow = generate_without_cache(model, POLICIES[policy], given, max_new_tokens=12)
+    for at_once in (False, True):
+        fast = generate(model, POLICIES[policy], given, max_new_tokens=12, at_once=at_once)
+        assert fast.tokens == slow.tokens
+        assert fast.exits == slow.exits
+
+
+def test_the_policies_above_do_leave_at_several_layers(network: Any) -> None:
+    model = attach_tokens(network, head="shared")
+    for name, policy in POLICIES.items():
+        said = generate(model, policy, prompts(16, seed=2), max_new_tokens=12)
+        assert len({exit_ for row in said.exits for exit_ in row}) >= 3, name
+
+
+def test_exits_behind_some_layers_and_exits_that_are_off() -> None:
+    torch.manual_seed(0)
+    model = attach_tokens(loud(gpt2()), at=(1, 3), head="shared")
+    policy = MaxProb(thresholds=(0.4, 0.4, 0.0), enabled=(False, True, True))
+    fast = generate(model, policy, prompts(4), max_new_tokens=12)
+    assert fast.tokens == generate_without_cache(model, policy, prompts(4), max_new_tokens=12).tokens
+    assert {exit_ for row in fast.exits for exit_ in row} == {1, 2}
+
+
+@pytest.mark.parametrize("head", ["factorised", "full", "shared"])
+def test_heads_say_a_probability_for_every_token(head: str) -> None:
+    torch.manual_seed(0)
+    model = attach_tokens(gpt2(), head=head, rank=8)
+    assert model.said(0, torch.randn(3, 32)).shape == (3, WORDS)
+    assert model.exits == LAYERS
+    assert (sum(p.numel() for p in model.heads.parameters()) == 0) == (head == "shared")
+
+
+def test_a_decoder_that_looks_at_an_image() -> None:
+    torch.manual_seed(0)
+    vit = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=8
+    )
+    encoder = transformers.ViTModel(vit, add_pooling_layer=False)
+    network = transformers.VisionEncoderDecoderModel(encoder=encoder, decoder=gpt2(add_cross_attention=True))
+    network = loud(network)
+    network.generation_config.decoder_start_token_id = network.config.decoder_start_token_id = 1
+    pixels = torch.randn(6, 3, 16, 16)
+    encoded = network.encoder(pixels).last_hidden_state.detach()
+    model = attach_tokens(network.decoder, head="shared")
+    plain = generate(model, None, [[1]] * 6, max_new_tokens=12, encoded=encoded)
+    said = network.generate(pixels, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert [list(row) for row in plain.tokens] == said[:, 1:].tolist()
+    assert len(set(plain.tokens)) > 1
+    policy = POLICIES["max-prob"]
+    fast = generate(model, policy, [[1]] * 6, max_new_tokens=12, encoded=encoded)
+    slow = generate_without_cache(model, policy, [[1]] * 6, max_new_tokens=12, encoded=encoded)
+    assert (fast.tokens, fast.exits) == (slow.tokens, slow.exits)
+    assert len({exit_ for row in fast.exits for exit_ in row}) > 1
+
+
+def test_rows_end_at_their_end_token_and_the_others_go_on(network: Any) -> None:
+    model, given = attach_tokens(network, head="shared"), prompts(4)
+    free = generate(model, None, given, max_new_tokens=12)
+    end = free.tokens[0][3]
+    ended = generate(model, None, given, max_new_tokens=12, end=end)
+    for row, whole in zip(ended.tokens, free.tokens, strict=True):
+        stop = whole.index(end) + 1 if end in whole else 12
+        assert row == whole[:stop]
+
+
+def test_the_network_keeps_its_mode() -> None:
+    torch.manual_seed(0)
+    network = gpt2().eval()
+    network.transformer.h[1].train()
+    generate(attach_tokens(network), None, [[1]], max_new_tokens=2)
+    assert network.transformer.h[1].training
+    assert not network.transformer.h[0].training
+
+
+def test_what_cannot_be_generated_is_said() -> None:
+    torch.manual_seed(0)
+    model = attach_tokens(gpt2())
+    for given, why in (([], "0 prompts"), ([[1], []], "shortest of 0 tokens"), ([[WORDS]], "not in 0 to 96"),
+                       ([[1] * 60], "room for 64")):  # fmt: skip
+        with pytest.raises(ValueRangeError, match=why):
+            generate(model, None, given, max_new_tokens=10)
+    with pytest.raises(ValueRangeError, match="expected at least 1"):
+        generate(model, None, [[1]], max_new_tokens=0)
+    with pytest.raises(ShapeError, match="there are 5 exits"):
+        generate(model, MaxProb(thresholds=(0.5,) * 3), [[1]])
+    with pytest.raises(ValueRangeError, match="expected rising numbers from 0 to 3"):
+        attach_tokens(gpt2(), at=(1, 4))
+    with pytest.raises(ValueRangeError, match="factorised, full, shared"):
+        attach_tokens(gpt2(), head="big")
+    with pytest.raises(ValueRangeError, match="rank is 99"):
+        attach_tokens(gpt2(), rank=99)
+    bert = transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    with pytest.raises(ValueRangeError, match="kind 'bert'.*expected .* gpt2, llama, mistral, qwen2, qwen3"):
+        decoder_of(transformers.BertForSequenceClassification(bert))
+    with pytest.raises(ValueRangeError, match="no cross-attention"):
+        generate(model, None, [[1]], encoded=torch.zeros(1, 3, 32))
