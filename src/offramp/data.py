@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int, Shaped
@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from offramp.errors import DataError, ShapeError, ValueRangeError
 from offramp.shapes import check_finite
 
-__all__ = ["Augment", "Batch", "Batches", "Examples", "Ragged", "batches", "row_order", "seed_for"]
+__all__ = ["Augment", "Batch", "Batches", "Examples", "Ragged", "RowSource", "batches", "row_order", "seed_for"]
 
 Augment = Callable[[Any, Generator], Any]
 Rows = Int[Tensor, "batch"]
@@ -173,10 +173,26 @@ class Examples:
         return f"{self.rows} rows, crc32 {crc:08x}"
 
 
+@runtime_checkable
+class RowSource(Protocol):
+    """Rows in memory: how many, how long, and any of them as a batch."""
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Tokens of each row, None where rows are alike."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Tensor, augment: Augment | None = None, generator: Generator | None = None) -> Batch:
+        """Some rows, augmented if asked."""
+        ...
+
+
 class Batches:
     """Batches in a fixed order, from number `start` on. Iterating twice gives the same batches twice."""
 
-    def __init__(self, examples: Examples, order: list[Tensor], seed: int, augment: Augment | None, start: int):
+    def __init__(self, examples: RowSource, order: list[Tensor], seed: int, augment: Augment | None, start: int):
         self.examples, self.order, self.start = examples, order, start
         self._seed, self._augment = seed, augment
 
@@ -191,7 +207,7 @@ class Batches:
 
 
 def batches(
-    examples: Examples,
+    examples: RowSource,
     batch_size: int,
     *,
     shuffle: bool = False,

@@ -200,7 +200,11 @@ class Learner:
         """Class indices [batch], or smoothed distributions [batch cls]."""
         if batch.labels is None:
             raise DataError("the training data have no labels. Give labels [row], or the key 'labels' in every row.")
-        labels = check_labels(batch.labels, len(batch.rows), self.classes).to(self.device)
+        labels, count = batch.labels, len(batch.rows)
+        if labels.ndim == 2:  # a token at every place: the model leaves out where there is none, row after row
+            labels = labels[labels >= 0]
+            count = len(labels)
+        labels = check_labels(labels, count, self.classes).to(self.device)
         share = self.recipe.label_smoothing
         return F.one_hot(labels, self.classes).float() * (1 - share) + share / self.classes if share else labels
 

@@ -9,12 +9,13 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from offramp.data import Augment, Batch, Batches, Examples, batches, row_order, seed_for
 from offramp.errors import DataError
+from offramp.tokenrows import TokenRows
 
 __all__ = ["as_data", "as_loader", "fingerprint"]
 
 ACCEPTED = (
-    "expected offramp.data.Examples, a pair (inputs, labels) of tensors, a torch Dataset with a length, or a "
-    "DataLoader, whose rows are pairs (x, y) or mappings with the key 'labels' or 'label'"
+    "expected offramp.data.Examples, TokenRows, a pair (inputs, labels) of tensors, a torch Dataset with a length, or "
+    "a DataLoader, whose rows are pairs (x, y) or mappings with the key 'labels' or 'label'"
 )
 
 
@@ -26,7 +27,7 @@ def as_data(data: Any) -> Any:
     """
     if isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         return Examples(data[0], data[1])
-    if isinstance(data, Examples):
+    if isinstance(data, Examples | TokenRows):
         return data
     usable = isinstance(data, DataLoader) or (hasattr(data, "__getitem__") and hasattr(data, "__len__"))
     if not usable or isinstance(data, Mapping | str | Tensor | IterableDataset):
@@ -56,7 +57,7 @@ def as_loader(
         DataError: the data are of no kind that can be used, or are empty.
     """
     data = as_data(data)
-    if isinstance(data, Examples):
+    if isinstance(data, Examples | TokenRows):
         return batches(
             data, batch_size, shuffle=shuffle, seed=seed, epoch=epoch, bucket=bucket, augment=augment, start=start
         )
@@ -68,7 +69,7 @@ def as_loader(
 
 def fingerprint(data: Any) -> str:
     """By which a stopped training knows its data again: a checksum of Examples, else kind and number of rows."""
-    if isinstance(data, Examples):
+    if isinstance(data, Examples | TokenRows):
         return data.fingerprint()
     inner = data.dataset if isinstance(data, DataLoader) else data
     return f"{type(data).__name__} of {len(data)} over {type(inner).__name__}"

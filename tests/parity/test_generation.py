@@ -9,9 +9,11 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from offramp.errors import ShapeError, ValueRangeError  # noqa: E402
-from offramp.generation import attach_tokens, decoder_of, generate, generate_without_cache  # noqa: E402
+from offramp import Recipe, Uniform, train  # noqa: E402
+from offramp.errors import DataError, ShapeError, ValueRangeError  # noqa: E402
+from offramp.generation import attach_tokens, decoder_of, generate, generate_without_cache, score  # noqa: E402
 from offramp.policies import BEEM, Entropy, MaxProb, Patience  # noqa: E402
+from offramp.tokenrows import TokenRows  # noqa: E402
 
 WORDS, LAYERS = 97, 5
 PLAIN = {"vocab_size": WORDS, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -136,6 +138,65 @@ def test_a_decoder_that_looks_at_an_image() -> None:
     slow = generate_without_cache(model, policy, [[1]] * 6, max_new_tokens=12, encoded=encoded)
     assert (fast.tokens, fast.exits) == (slow.tokens, slow.exits)
     assert len({exit_ for row in fast.exits for exit_ in row}) > 1
+
+
+def test_the_score_of_what_was_generated_is_that_of_its_own_exits(network: Any) -> None:
+    model, given = attach_tokens(network, head="shared"), prompts(4, seed=3)
+    given = [prompt[:2] * 2 for prompt in given]
+    given = [(prompt * 3)[:3] for prompt in given]
+    policy = POLICIES["max-prob"]
+    said = generate(model, policy, given, max_new_tokens=8)
+    whole = [[*prompt, *tokens] for prompt, tokens in zip(given, said.tokens, strict=True)]
+    scored = score(model, policy, whole, given=3)
+    assert scored.exits == said.exits
+    plain = score(model, None, whole, given=3)
+    with torch.no_grad():
+        logits = network(torch.tensor(whole)).logits[:, 2:-1].log_softmax(-1)
+    wanted = -logits.gather(2, torch.tensor(whole)[:, 3:, None])[:, :, 0]
+    torch.testing.assert_close(torch.tensor(plain.losses), wanted, rtol=1e-3, atol=1e-4)
+    assert plain.perplexity == pytest.approx(float(wanted.mean().exp()), rel=1e-3)
+    with pytest.raises(ValueRangeError, match="more than given=3"):
+        score(model, None, [[1, 2, 3]], given=3)
+
+
+def test_a_decoder_learns_with_its_exits() -> None:
+    torch.manual_seed(0)
+    dice = random.Random(0)
+
+    def counted(rows: int) -> TokenRows:
+        starts = [dice.randrange(WORDS) for _ in range(rows)]
+        return TokenRows([[(s + i) % WORDS for i in range(dice.randint(4, 9))] for s in starts])
+
+    model, rows = attach_tokens(gpt2(), rank=16), counted(300)
+    recipe = Recipe(epochs=8, batch_size=32, lr=1e-2)
+    train(model, rows, objective=Uniform(), recipe=recipe, progress=False)
+    batch = counted(40).batch(torch.arange(40))
+    with torch.no_grad():
+        logits = model.eval()(batch.inputs)
+    labels = batch.labels[batch.labels >= 0]
+    assert logits.shape == (LAYERS, len(labels), WORDS)
+    assert ((logits.argmax(-1) == labels).double().mean(1) > 0.5).all()
+    torch.testing.assert_close(model.plain(batch.inputs), logits[-1])
+    before = [p.clone() for p in model.backbone.parameters()]
+    train(model, rows, objective=Uniform(), recipe=Recipe(epochs=1, frozen="backbone"), progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.backbone.parameters(), strict=True))
+
+
+def test_rows_of_tokens_that_do_not_fit_are_said() -> None:
+    with pytest.raises(DataError, match="no sequences"):
+        TokenRows([])
+    with pytest.raises(DataError, match="sequence 1 has 1 tokens"):
+        TokenRows([[1, 2], [1]])
+    with pytest.raises(ShapeError, match="do not fit"):
+        TokenRows([[1, 2], [1, 3]], images=torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
+    rows = TokenRows([[1, 2, 3], [4, 5]], images=torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    batch = rows.batch(torch.tensor([0, 1]))
+    assert batch.labels.tolist() == [[2, 3], [5, -100]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.inputs["pixel_values"].shape == (2, 3, 4, 4)
+    assert rows.tokens == 3
+    assert rows.select(torch.tensor([1])).row(0) == [4, 5]
+    assert rows.fingerprint() != TokenRows([[1, 2, 3], [4, 6]], images=rows.images).fingerprint()
 
 
 def test_rows_end_at_their_end_token_and_the_others_go_on(network: Any) -> None:

@@ -2,7 +2,17 @@
 
 from offramp.generation.decoders import Decoder, decoder_of
 from offramp.generation.heads import TokenExits, attach_tokens
-from offramp.generation.loop import Generated, generate
+from offramp.generation.loop import Generated, Scored, generate, score
 from offramp.generation.reference import generate_without_cache
 
-__all__ = ["Decoder", "Generated", "TokenExits", "attach_tokens", "decoder_of", "generate", "generate_without_cache"]
+__all__ = [
+    "Decoder",
+    "Generated",
+    "Scored",
+    "TokenExits",
+    "attach_tokens",
+    "decoder_of",
+    "generate",
+    "generate_without_cache",
+    "score",
+]

@@ -1,5 +1,6 @@
 """Vocabulary heads behind a decoder's layers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,15 +65,17 @@ class TokenExits(nn.Module):
     """A decoder with vocabulary heads behind some of its layers, the last of which is the decoder's own.
 
     Args:
+        backbone: the language model, or the encoder and decoder; its weights are used as they are.
         decoder: from `decoder_of`.
         at: the layers with an exit behind them, 0-based and rising; the last layer is always an exit besides.
         heads: one for each of `at`.
     """
 
-    def __init__(self, decoder: Decoder, at: tuple[int, ...], heads: list[nn.Module]) -> None:
+    signals: tuple[str, ...] = ()
+
+    def __init__(self, backbone: nn.Module, decoder: Decoder, at: tuple[int, ...], heads: list[nn.Module]) -> None:
         super().__init__()
-        self.network = decoder.network
-        self.heads = nn.ModuleList(heads)
+        self.backbone, self.heads = backbone, nn.ModuleList(heads)
         self.decoder, self.at = decoder, at
 
     @property
@@ -91,6 +94,44 @@ class TokenExits(nn.Module):
             return self.decoder.logits(self.decoder.finish(hidden))
         return self.heads[k](hidden)  # type: ignore[no-any-return]
 
+    def encode(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch memory dim"]:
+        """What the decoder's layers look at.
+
+        Raises:
+            ValueRangeError: there is no encoder.
+        """
+        whole: Any = self.backbone
+        if not hasattr(whole, "encoder"):
+            raise ValueRangeError(f"{type(whole).__name__} has no encoder, so it takes no images.")
+        encoded = whole.encoder(pixels).last_hidden_state
+        if hasattr(whole, "enc_to_dec_proj"):
+            encoded = whole.enc_to_dec_proj(encoded)
+        return encoded  # type: ignore[no-any-return]
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "exit token cls"]:
+        """The logits of every exit for every token that is to be said, row after row.
+
+        Args:
+            inputs: input_ids and attention_mask [batch token], padded behind; pixel_values for an encoder.
+        """
+        states, last, kept = self._states(inputs)
+        said = [head(states[j + 1][:, :-1][kept]) for j, head in zip(self.at, self.heads, strict=True)]
+        return torch.stack([*said, last[:, :-1][kept]])
+
+    def plain(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "token cls"]:
+        """The last exit's logits alone."""
+        _, last, kept = self._states(inputs, hidden=False)
+        return last[:, :-1][kept]
+
+    def _states(self, inputs: Mapping[str, Tensor], hidden: bool = True) -> tuple[Any, Tensor, Tensor]:
+        """(hidden states before and behind every layer, logits behind the last, which tokens are to be said)."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        if "pixel_values" in inputs:
+            given["encoder_hidden_states"] = self.encode(inputs["pixel_values"])
+        out = self.decoder.network(**given, output_hidden_states=hidden)
+        return out.hidden_states if hidden else None, out.logits, mask[:, 1:].bool()
+
 
 def attach_tokens(
     network: Any, at: tuple[int, ...] | None = None, *, head: str = "factorised", rank: int | None = None
@@ -98,7 +139,7 @@ def attach_tokens(
     """A language model of transformers with vocabulary heads behind some of its layers.
 
     Args:
-        network: e.g. GPT2LMHeadModel or LlamaForCausalLM; it is used as it is, not copied.
+        network: e.g. GPT2LMHeadModel, LlamaForCausalLM, VisionEncoderDecoderModel; it is used as it is, not copied.
         at: layers, 0-based; every one but the last unless given.
         head: "factorised" (to `rank` and from there to the vocabulary), "full" (the paper's), or "shared" (the
             decoder's own).
@@ -107,7 +148,7 @@ def attach_tokens(
     Raises:
         ValueRangeError: the network, a layer or the head is none that can be used.
     """
-    decoder = decoder_of(network)
+    decoder = decoder_of(getattr(network, "decoder", network))
     at = tuple(range(decoder.layers - 1)) if at is None else tuple(at)
     if list(at) != sorted(set(at)) or not all(0 <= j < decoder.layers - 1 for j in at):
         raise ValueRangeError(
@@ -120,4 +161,4 @@ def attach_tokens(
     }  # fmt: skip
     if head not in kinds:
         raise ValueRangeError(f"the head is {head!r}; expected one of {', '.join(kinds)}.")
-    return TokenExits(decoder, at, [kinds[head]() for _ in at])
+    return TokenExits(network, decoder, at, [kinds[head]() for _ in at])

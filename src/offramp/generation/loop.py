@@ -1,5 +1,6 @@
 """Generation in which every token leaves at an exit of its own, and rows that go on go on alone."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from offramp.generation.heads import TokenExits
 from offramp.graph import eval_mode
 from offramp.policies.base import Evidence, Policy, State, check_exits, visits
 
-__all__ = ["Generated", "generate"]
+__all__ = ["Generated", "Scored", "generate", "score"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,24 @@ class Generated:
 
     tokens: tuple[tuple[int, ...], ...]
     exits: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """How likely given tokens were.
+
+    Args:
+        losses: the negative log-likelihood of every token that was scored, in nats.
+        exits: the exit that each was said at.
+    """
+
+    losses: tuple[tuple[float, ...], ...]
+    exits: tuple[tuple[int, ...], ...]
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss of all tokens."""
+        return math.exp(sum(map(sum, self.losses)) / sum(map(len, self.losses)))
 
 
 def generate(
@@ -57,13 +76,58 @@ def generate(
         ShapeError: the policy is for another number of exits.
     """
     lengths = _checked(model, prompts, max_new_tokens)
+    _check_policy(model, policy)
+    with eval_mode(model), torch.inference_mode():
+        run = _Run(model, policy, lengths, max_new_tokens, encoded, at_once)
+        chosen = choose or _likeliest
+        return run.go(prompts, [max_new_tokens] * len(lengths), end, lambda _, logits: chosen(logits).tolist())
+
+
+def score(
+    model: TokenExits,
+    policy: Policy | None,
+    rows: Sequence[Sequence[int]],
+    *,
+    encoded: Float[Tensor, "row memory dim"] | None = None,
+    given: int = 1,
+) -> Scored:
+    """How likely the tokens of given rows are, each said behind those before it as the exits have left them.
+
+    Args:
+        model, policy, encoded: as for `generate`.
+        rows: token numbers, a row each, of more than `given` tokens.
+        given: so many at the beginning are read and not scored.
+
+    Raises:
+        ValueRangeError, ShapeError: as `generate`; or a row has nothing to score.
+    """
+    if any(len(row) <= given for row in rows) or given < 1:
+        raise ValueRangeError(f"every row needs more than given={given} tokens, which has to be at least 1.")
+    prompts, rest = [row[:given] for row in rows], [list(row[given:]) for row in rows]
+    most = max(map(len, rest), default=0)
+    lengths = _checked(model, prompts, most)
+    _checked(model, rest, 1)
+    _check_policy(model, policy)
+    losses: list[list[float]] = [[] for _ in rows]
+
+    def said(going: list[int], logits: Tensor) -> list[int]:
+        tokens = [rest[row][len(losses[row])] for row in going]
+        found = -logits.log_softmax(-1)[torch.arange(len(going)), torch.tensor(tokens)]
+        for row, loss in zip(going, found.tolist(), strict=True):
+            losses[row].append(loss)
+        return tokens
+
+    with eval_mode(model), torch.inference_mode():
+        run = _Run(model, policy, lengths, most, encoded, False)
+        exits = run.go(prompts, [len(row) for row in rest], None, said).exits
+    return Scored(tuple(map(tuple, losses)), exits)
+
+
+def _check_policy(model: TokenExits, policy: Policy | None) -> None:
     if policy is not None:
         check_exits(policy, model.exits)
         if policy.needs:
             raise ShapeError(f"{type(policy).__name__} needs signals, which token exits do not have.")
-    with eval_mode(model), torch.inference_mode():
-        run = _Run(model, policy, lengths, max_new_tokens, encoded, at_once)
-        return run.go(prompts, end, choose or _likeliest)
 
 
 def _likeliest(logits: Tensor) -> Tensor:
@@ -107,19 +171,21 @@ class _Run:
         ends = (*model.at, self.decoder.layers - 1)
         self.exit_behind = {} if policy is None else {ends[k]: k for k in visited if k < len(model.at)}
 
-    def go(self, prompts: Sequence[Sequence[int]], end: int | None, choose: Callable[[Tensor], Tensor]) -> Generated:
-        """All new tokens."""
+    def go(
+        self, prompts: Sequence[Sequence[int]], most: list[int], end: int | None,
+        pick: Callable[[list[int], Tensor], list[int]],
+    ) -> Generated:  # fmt: skip
+        """All new tokens: at most so many a row, picked from the rows' numbers and logits."""
         rows = list(range(len(prompts)))
         tokens: list[list[int]] = [[] for _ in rows]
         exits: list[list[int]] = [[] for _ in rows]
         logits, left = self._read(prompts), [self.model.exits - 1] * len(rows)
-        new = self.cache.room - max(self.lengths)
         while True:
-            picked = choose(logits).tolist()
+            picked = pick(rows, logits)
             for row, token, exit_ in zip(rows, picked, left, strict=True):
                 tokens[row].append(token)
                 exits[row].append(exit_)
-            rows = [row for row in rows if len(tokens[row]) < new and tokens[row][-1] != end]
+            rows = [row for row in rows if len(tokens[row]) < most[row] and tokens[row][-1] != end]
             if not rows:
                 return Generated(tuple(map(tuple, tokens)), tuple(map(tuple, exits)))
             logits, left = self._step(rows, [tokens[row][-1] for row in rows])
