@@ -33,7 +33,8 @@ RECIPES = {
     "taught-detached": "exits' gradients stay in their heads", "taught-layer-decay": "earlier layers learn more slowly",
     "taught-attention": "attention heads", "taught-pooler": "a projection in every head",
     "taught-longer": "twice as long", "depth": "jointly from the start, depth weights (PABEE, BEEM)",
-    "longer": "the same, for as long as the base in all", "plain-first": "fine-tuned, then taught by the last exit, in one run",
+    "longer": "the same, for as long as the base in all",
+    "plain-first": "fine-tuned, then taught by the last exit, in one run",
     "heads-after": "heads alone on the frozen network (DeeBERT)",
 }  # fmt: skip
 
