@@ -25,6 +25,7 @@ NAMES = {
 }  # fmt: skip
 TASKS = {"sst2": "SST-2, 20,000 rows", "sst2-full": "SST-2", "rte": "RTE", "mrpc": "MRPC", "cola": "CoLA",
          "qnli": "QNLI", "ag_news": "AG News"}  # fmt: skip
+NOTHING = ["Not measured yet."]
 RECIPES = {
     "taught": "fine-tuned first, then taught by it (the base)", "taught-labels": "labels alone, no teacher",
     "taught-pure": "the teacher alone, no labels", "taught-self": "taught by the last exit instead",
@@ -71,6 +72,12 @@ def loaded(*path: str) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
+def judged() -> list[dict[str, Any]]:
+    """BEEM's table of every task and seed that is judged, with the budgets that they share."""
+    table = loaded("beem", "table.json") or {"policies": [], "budgets": []}
+    return [{**each, "budgets": table["budgets"]} for each in table["policies"]]
+
+
 def grid(head: list[str], rows: list[list[str]]) -> list[str]:
     """A Markdown table."""
     return [f"| {' | '.join(each)} |" for each in (head, ["---"] * len(head), *rows)]
@@ -87,9 +94,8 @@ def points(found: dict[str, float]) -> str:
 
 def networks(_: str) -> list[str]:
     """What a user would pick instead: the plain network, and its first layers fine-tuned alone; beside the exits."""
-    table = loaded("beem", "table.json")
     rows = []
-    for each in (table or {}).get("policies", ()):
+    for each in judged():
         metric, plain = each["metric"], each["plain"]
         static = {name: each["static"].get(name) for name in ("static-2", "static-3", "static-4")}
         rows.append([
@@ -98,16 +104,13 @@ def networks(_: str) -> list[str]:
             " ".join(percent(e[metric]) for e in each["exits"]),
         ])  # fmt: skip
     head = ["task", "seed", "metric", "rows", "plain", "2 layers", "3 layers", "4 layers", "exits 1 to 6"]
-    return grid(head, rows) if rows else ["Not measured yet."]
+    return grid(head, rows) if rows else NOTHING
 
 
 def beem(_: str) -> list[str]:
     """Every policy at accuracy at or above the last exit's on the calibration rows, judged on the others."""
-    table = loaded("beem", "table.json")
-    if not table or not table["policies"]:
-        return ["Not measured yet."]
     lines = []
-    for each in table["policies"]:
+    for each in judged():
         metric = each["metric"]
         lines += [f"**{TASKS[each['task']]}, seed {each['seed']}** ({metric}, {each['held_out']} rows; last exit "
                   f"{percent(each['last'][metric])}" + (f", plain {percent(each['plain'][metric])})"
@@ -118,33 +121,30 @@ def beem(_: str) -> list[str]:
             for row in each["rows"] if "of the plain" not in row["target"]
         ]  # fmt: skip
         lines += [*grid(["policy", "thresholds from", metric, "counted speed-up", "accuracy less plain"], rows), ""]
-    return lines[:-1]
+    return lines[:-1] or NOTHING
 
 
 def budgets(_: str) -> list[str]:
     """Every policy at every budget."""
-    table = loaded("beem", "table.json")
-    if not table or not table["policies"]:
-        return ["Not measured yet."]
     lines = []
-    for each in table["policies"]:
+    for each in judged():
         metric = each["metric"]
         by: dict[str, list[str]] = {}
         for row in each["rows"]:
             if "of the plain" in row["target"]:
                 by.setdefault(row["family"], []).append(f"{percent(row[metric])} at {row['cost']:.2f}")
-        head = [f"{TASKS[each['task']]}, seed {each['seed']}", *(f"{100 * b:.0f} %" for b in table["budgets"])]
+        head = [f"{TASKS[each['task']]}, seed {each['seed']}", *(f"{100 * b:.0f} %" for b in each["budgets"])]
         if each["seed"] == 0:
             lines += [f"![Accuracy over counted cost, {TASKS[each['task']]}](results/{each['task']}.svg)", ""]
         lines += [*grid(head, [[NAMES[family], *cells] for family, cells in by.items()]), ""]
-    return lines[:-1]
+    return lines[:-1] or NOTHING
 
 
 def recipes(_: str) -> list[str]:
     """The ablation: the mean over budgets and two policies, and the paired difference to the base recipe."""
     table = loaded("beem", "table.json")
     if not table or not any(table["recipes"].values()):
-        return ["Not measured yet."]
+        return NOTHING
     found = {task: {row["variant"]: row for row in rows} for task, rows in table["recipes"].items() if rows}
     lines = []
     for variant, text in RECIPES.items():
@@ -162,7 +162,7 @@ def eenet(name: str) -> list[str]:
     """EENet's table of a network."""
     found = loaded("eenet", f"{name}.json")
     if not found:
-        return ["Not measured yet."]
+        return NOTHING
     lines = []
     for exits, table in found["tables"].items():
         alone = " ".join(percent(e["accuracy"]) for e in table["exits"])
@@ -186,7 +186,7 @@ def speed(name: str) -> list[str]:
     """What `offramp bench` measured, beside the network that was fine-tuned without exits."""
     found, beside = loaded("beem", f"speed-{name}.json"), loaded("beem", f"beside-{name}.json")
     if not found or not beside:
-        return ["Not measured yet."]
+        return NOTHING
     cells: dict[str, dict[int, Any]] = {}
     for cell in found["fields"]["cells"]:
         cells.setdefault(cell["policy"], {})[cell["batch_size"]] = cell
@@ -204,16 +204,17 @@ def speed(name: str) -> list[str]:
 
 def times(_: str) -> list[str]:
     """How long the trainings took, by task."""
-    rows = []
-    for file in ("beem", "eenet"):
-        cells = loaded(file, "cells.json") or {}
-        tasks: dict[str, list[dict[str, Any]]] = {}
-        for cell in cells.values():
-            tasks.setdefault(cell["task"], []).append(cell)
-        for task, each in tasks.items():
-            hours = sum(cell["seconds"] for cell in each) / 3600
-            rows.append([TASKS.get(task, task), str(len(each)), f"{hours:.1f} h", each[0]["machine"]])
-    return grid(["task", "trainings", "in all", "machine"], rows) if rows else ["Not measured yet."]
+    rows, tasks = [], dict[str, list[dict[str, Any]]]()
+    for cell in (loaded("beem", "cells.json") or {}).values():
+        tasks.setdefault(cell["task"], []).append(cell)
+    for task, each in tasks.items():
+        hours = sum(cell["seconds"] for cell in each) / 3600
+        rows.append([TASKS[task], str(len(each)), f"{hours:.1f} h", each[0]["machine"]])
+    for name in ("basic-0", "tuned-0"):
+        cell = loaded("eenet", f"{name}.json")
+        if cell:
+            rows.append([f"CIFAR-10, {name}", "1", f"{cell['report']['seconds'] / 3600:.1f} h", cell["machine"]])
+    return grid(["task", "trainings", "in all", "machine"], rows) if rows else NOTHING
 
 
 BLOCKS: dict[str, Callable[[str], list[str]]] = {
@@ -228,8 +229,8 @@ def drawn() -> list[Path]:
     from matplotlib.figure import Figure
 
     matplotlib.rcParams |= {"svg.hashsalt": "offramp", "svg.fonttype": "none", "font.size": 8, "axes.linewidth": 0.6}
-    table, paths = loaded("beem", "table.json"), []
-    for each in (table or {}).get("policies", ()):
+    paths = []
+    for each in judged():
         if each["seed"] != 0:
             continue
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")

@@ -201,7 +201,7 @@ class Learner:
         if batch.labels is None:
             raise DataError("the training data have no labels. Give labels [row], or the key 'labels' in every row.")
         labels, count = batch.labels, len(batch.rows)
-        if labels.ndim == 2:  # a token at every place: the model leaves out where there is none, row after row
+        if getattr(self.model, "per_token", False):  # it leaves out places without a token, row after row
             labels = labels[labels >= 0]
             count = len(labels)
         labels = check_labels(labels, count, self.classes).to(self.device)

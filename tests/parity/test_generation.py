@@ -133,6 +133,13 @@ def test_a_decoder_that_looks_at_an_image() -> None:
     said = network.generate(pixels, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert [list(row) for row in plain.tokens] == said[:, 1:].tolist()
     assert len(set(plain.tokens)) > 1
+    whole = attach_tokens(network, head="shared").eval()
+    rows = TokenRows([[1, 5, 7], [1, 9]], images=torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+    batch = rows.batch(torch.arange(2))
+    torch.testing.assert_close(whole.encode(pixels), encoded)
+    with torch.no_grad():
+        wanted = network(pixel_values=batch.inputs["pixel_values"], decoder_input_ids=batch.inputs["input_ids"]).logits
+        torch.testing.assert_close(whole(batch.inputs)[-1], wanted[:, :-1][batch.labels >= 0], rtol=1e-4, atol=1e-3)
     policy = POLICIES["max-prob"]
     fast = generate(model, policy, [[1]] * 6, max_new_tokens=12, encoded=encoded)
     slow = generate_without_cache(model, policy, [[1]] * 6, max_new_tokens=12, encoded=encoded)
@@ -238,5 +245,7 @@ def test_what_cannot_be_generated_is_said() -> None:
     bert = transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
     with pytest.raises(ValueRangeError, match="kind 'bert'.*expected .* gpt2, llama, mistral, qwen2, qwen3"):
         decoder_of(transformers.BertForSequenceClassification(bert))
+    with pytest.raises(ValueRangeError, match="has no encoder, so it takes no images"):
+        model.encode(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueRangeError, match="no cross-attention"):
         generate(model, None, [[1]], encoded=torch.zeros(1, 3, 32))

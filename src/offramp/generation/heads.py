@@ -27,10 +27,7 @@ class SharedHead(nn.Module):
 
 
 class FullHead(nn.Module):
-    """A norm and a matrix from hidden states to the vocabulary, begun as the decoder's own: the paper's heads.
-
-    Source: BEEM (Bajpai and Hanawal 2025), section 4.2, captioning.
-    """
+    """A norm and a matrix from hidden states to the vocabulary, begun as the decoder's own: BEEM's, for captions."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -71,7 +68,7 @@ class TokenExits(nn.Module):
         heads: one for each of `at`.
     """
 
-    signals: tuple[str, ...] = ()
+    per_token = True  # it says something of every token, so that a row has many labels
 
     def __init__(self, backbone: nn.Module, decoder: Decoder, at: tuple[int, ...], heads: list[nn.Module]) -> None:
         super().__init__()

@@ -234,9 +234,8 @@ class _Run:
             state = tuple(part[stay] for part in state)
             on = [rows[i] for i in flight]
             store, memory = self.cache.step(on, [positions[i] for i in flight]), self._memory_of(on)
-        said = self.model.said(self.model.exits - 1, hidden[:, 0])
-        if self.policy is not None and state is not None:
-            said = self.policy.step(self.model.exits - 1, Evidence(said), state).answer
+        last = self.model.exits - 1
+        said = self.model.said(last, hidden[:, 0]) if self.policy is None else self._asked(last, hidden[:, 0], state)[2]
         for i, place in enumerate(flight):
             answers[place] = said[i]
         return torch.stack(answers), left

@@ -75,6 +75,7 @@ def _whole(
             if bool(step.stop):
                 return step.answer[0], k, j
     said = model.said(model.exits - 1, hidden[:, -1])
-    if policy is not None and state is not None:
-        said = policy.step(model.exits - 1, Evidence(said), state).answer
+    if policy is not None and asks:
+        seen = Evidence(said)
+        said = policy.step(model.exits - 1, seen, policy.init(seen) if state is None else state).answer
     return said[0], model.exits - 1, decoder.layers - 1
