@@ -1,5 +1,7 @@
 """Generation with exits: as transformers where none is taken, and as without a cache where they are."""
 
+import json
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +13,19 @@ transformers = pytest.importorskip("transformers")
 
 from offramp import Recipe, Uniform, train  # noqa: E402
 from offramp.errors import DataError, ShapeError, ValueRangeError  # noqa: E402
-from offramp.generation import attach_tokens, decoder_of, generate, generate_without_cache, score  # noqa: E402
-from offramp.policies import BEEM, Entropy, MaxProb, Patience  # noqa: E402
+from offramp.generation import (  # noqa: E402
+    Sampling,
+    TokenPolicy,
+    attach_tokens,
+    decoder_of,
+    generate,
+    generate_without_cache,
+    score,
+    search,
+    stop_at,
+)
+from offramp.generation.reference import _whole  # noqa: E402
+from offramp.policies import BEEM, Entropy, Margin, MaxProb, Patience  # noqa: E402
 from offramp.tokenrows import TokenRows  # noqa: E402
 
 WORDS, LAYERS = 97, 5
@@ -67,10 +80,28 @@ def of_transformers(network: Any, given: list[list[int]], new: int, **more: Any)
     longest = max(map(len, given))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in given])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in given])
-    said = network.generate(
-        ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None, **more
-    )
+    more = {"pad_token_id": 0, "eos_token_id": None, "do_sample": "top_k" in more, **more}
+    said = network.generate(ids, attention_mask=mask, max_new_tokens=new, **more)
     return said[:, longest:].tolist()
+
+
+def beams_without_cache(model: Any, policy: Any, prompt: list[int], beams: int, new: int) -> tuple[Any, Any]:
+    """(tokens, exits) of the best of all texts of one length that a beam search follows."""
+    rule, ends = TokenPolicy(policy), (*model.at, LAYERS - 1)
+    live = [(0.0, (), ())]
+    with torch.inference_mode():
+        for token in range(new):
+            found = []
+            for total, tokens, exits in live:
+                left = [LAYERS - 1] * len(prompt) + [ends[k] for k in exits[1:]]
+                said, exit_, _ = _whole(
+                    model, [*prompt, *tokens], [*left, LAYERS - 1][: len(prompt) + token], rule if token else None,
+                    None, token, new,
+                )  # fmt: skip
+                logs = said.log_softmax(-1)
+                found += [(total + float(x), (*tokens, i), (*exits, exit_)) for i, x in enumerate(logs)]
+            live = sorted(found, key=lambda each: -each[0])[:beams]
+    return live[0][1], live[0][2]
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
@@ -106,6 +137,99 @@ def test_exits_behind_some_layers_and_exits_that_are_off() -> None:
     fast = generate(model, policy, prompts(4), max_new_tokens=12)
     assert fast.tokens == generate_without_cache(model, policy, prompts(4), max_new_tokens=12).tokens
     assert {exit_ for row in fast.exits for exit_ in row} == {1, 2}
+
+
+RULES = {
+    "decay": TokenPolicy(MaxProb(thresholds=(0.7,) * LAYERS), decay=4.0),
+    "least": TokenPolicy(POLICIES["beem"], least=2),
+    "gate": TokenPolicy(POLICIES["beem"], gate=0.5),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_for_tokens_are_what_no_cache_gives(network: Any, rule: str) -> None:
+    model, given = attach_tokens(network, head="shared"), prompts(16, seed=2)
+    model.gates = torch.nn.ModuleList(torch.nn.Linear(32, 1) for _ in model.at)
+    slow = generate_without_cache(model, RULES[rule], given, max_new_tokens=12)
+    fast = generate(model, RULES[rule], given, max_new_tokens=12)
+    assert (fast.tokens, fast.exits) == (slow.tokens, slow.exits)
+    assert fast.exits != generate(model, RULES[rule].policy, given, max_new_tokens=12).exits
+
+
+def test_thresholds_that_decay() -> None:
+    rule = TokenPolicy(Margin(thresholds=(0.5, 1.0)), decay=4.0)
+    assert rule.at(0, 10).thresholds == pytest.approx((0.55, 1.0))
+    assert rule.at(10, 10).thresholds == pytest.approx((0.45 + 0.1 * math.exp(-4), 0.9 + 0.1 * math.exp(-4)))
+    assert TokenPolicy.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
+    with pytest.raises(ValueRangeError, match="BEEM cannot decay"):
+        TokenPolicy(POLICIES["beem"], decay=1.0)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6, "temperature": 1.5}])
+def test_draws_are_those_of_transformers(network: Any, batch: int, options: dict[str, Any]) -> None:
+    given = prompts(batch)
+    ours = generate(attach_tokens(network), None, given, max_new_tokens=12, choose=Sampling(**options, seed=3))
+    torch.manual_seed(3)
+    assert [list(row) for row in ours.tokens] == of_transformers(network, given, 12, **{"top_k": 0, **options})
+    assert ours.tokens != generate(attach_tokens(network), None, given, max_new_tokens=12).tokens
+
+
+@pytest.mark.parametrize("end", [None, 11])
+def test_beams_are_those_of_transformers(network: Any, end: int | None) -> None:
+    given = prompts(4, seed=5)
+    ours = search(attach_tokens(network), None, given, beams=3, max_new_tokens=10, end=end, length_penalty=0.7)
+    theirs = of_transformers(network, given, 10, num_beams=3, eos_token_id=end, length_penalty=0.7)
+    for mine, row in zip(ours.tokens, theirs, strict=True):
+        assert list(mine) == row[: len(mine)]
+        assert set(row[len(mine) :]) <= {0}
+
+
+def test_beams_that_leave_are_those_without_a_cache(network: Any) -> None:
+    """Beam search with everything computed anew, over texts whose tokens leave where they do."""
+    model, given, policy = attach_tokens(network, head="shared"), prompts(3, seed=6), POLICIES["beem"]
+    ours = search(model, policy, given, beams=3, max_new_tokens=6)
+    assert {exit_ for row in ours.exits for exit_ in row} != {LAYERS - 1}
+    for row, prompt in enumerate(given):
+        tokens, exits = beams_without_cache(model, policy, prompt, 3, 6)
+        assert ours.tokens[row] == tokens
+        assert ours.exits[row] == exits
+
+
+def test_one_beam_is_greedy_and_sampling_leaves_too(network: Any) -> None:
+    model, given = attach_tokens(network, head="shared"), prompts(4, seed=2)
+    greedy = generate(model, POLICIES["max-prob"], given, max_new_tokens=12)
+    one = search(model, POLICIES["max-prob"], given, beams=1, max_new_tokens=12)
+    assert (one.tokens, one.exits) == (greedy.tokens, greedy.exits)
+    drawn = generate(model, POLICIES["max-prob"], given, max_new_tokens=12, choose=Sampling(temperature=0.5))
+    assert drawn.tokens != greedy.tokens
+    assert len({exit_ for row in drawn.exits for exit_ in row}) > 1
+
+
+class Letters:
+    """A tokenizer of which every token is a letter and its number."""
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(f"a{token}." for token in tokens)
+
+
+def test_texts_stop_at_strings_and_are_streamed(network: Any) -> None:
+    model, given = attach_tokens(network, head="shared"), prompts(4, seed=2)
+    whole = generate(model, POLICIES["beem"], given, max_new_tokens=12)
+    third = f"a{whole.tokens[1][2]}.a{whole.tokens[1][3]}."
+    seen: list[tuple[int, int, int]] = []
+    said = generate(
+        model, POLICIES["beem"], given, max_new_tokens=12, stop=stop_at(Letters(), [third]),
+        stream=lambda *told: seen.append(told),
+    )  # fmt: skip
+    assert len(said.tokens[1]) == 1 + next(
+        i for i in range(4) if third in Letters().decode(list(whole.tokens[1][: i + 1]))
+    )
+    for row in range(4):
+        assert said.tokens[row] == whole.tokens[row][: len(said.tokens[row])]
+        assert [t[1:] for t in seen if t[0] == row] == list(zip(said.tokens[row], said.exits[row], strict=True))
+    with pytest.raises(ValueRangeError, match="stop strings are \\['']"):
+        stop_at(Letters(), [""])
 
 
 @pytest.mark.parametrize("head", ["factorised", "full", "shared"])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from offramp.errors import ValueRangeError
 from offramp.generation.decoders import Decoder, decoder_of
+from offramp.generation.rules import TokenPolicy
 
 __all__ = ["FactorisedHead", "FullHead", "SharedHead", "TokenExits", "attach_tokens"]
 
@@ -74,6 +75,7 @@ class TokenExits(nn.Module):
         super().__init__()
         self.backbone, self.heads = backbone, nn.ModuleList(heads)
         self.decoder, self.at = decoder, at
+        self.gates: nn.ModuleList | None = None
 
     @property
     def exits(self) -> int:
@@ -90,6 +92,12 @@ class TokenExits(nn.Module):
         if k == len(self.at):
             return self.decoder.logits(self.decoder.finish(hidden))
         return self.heads[k](hidden)  # type: ignore[no-any-return]
+
+    def opened(self, k: int, hidden: Float[Tensor, "batch dim"], rule: TokenPolicy | None) -> list[bool] | None:
+        """Whether exit k's gate lets its vocabulary be looked at, by row; None where no gate is asked."""
+        if rule is None or rule.gate is None or self.gates is None or k == len(self.at):
+            return None
+        return (self.gates[k](hidden)[:, 0].sigmoid() >= rule.gate).tolist()  # type: ignore[no-any-return]
 
     def encode(self, pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch memory dim"]:
         """What the decoder's layers look at.

@@ -8,11 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from offramp.errors import ShapeError, ValueRangeError
+from offramp.errors import ValueRangeError
 from offramp.generation.cache import TokenCache
+from offramp.generation.choosing import Sampling, likeliest
 from offramp.generation.heads import TokenExits
+from offramp.generation.rules import TokenPolicy, as_rule
 from offramp.graph import eval_mode
-from offramp.policies.base import Evidence, Policy, State, check_exits, visits
+from offramp.policies.base import Evidence, Policy, State
 
 __all__ = ["Generated", "Scored", "generate", "score"]
 
@@ -50,42 +52,50 @@ class Scored:
 
 def generate(
     model: TokenExits,
-    policy: Policy | None,
+    policy: Policy | TokenPolicy | None,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 32,
     end: int | None = None,
     encoded: Float[Tensor, "row memory dim"] | None = None,
-    choose: Callable[[Tensor], Tensor] | None = None,
+    choose: Callable[[Tensor], Tensor] | Sampling | None = None,
+    stop: Callable[[list[int]], bool] | None = None,
+    stream: Callable[[int, int, int], None] | None = None,
     at_once: bool = False,
 ) -> Generated:
     """New tokens for every prompt, each token leaving at the first exit at which the policy says so.
 
     Args:
         model: from `attach_tokens`.
-        policy: made for as many exits; None runs every layer and no head but the last.
+        policy: made for as many exits, or a `TokenPolicy`; None runs every layer and no head but the last.
         prompts: token numbers, a row each; lengths may differ.
         max_new_tokens: at most so many in each row.
         end: the token after which a row is done.
         encoded: what an encoder gave, for decoders that look at it.
-        choose: from logits [row token] to tokens [row]; the likeliest unless given.
+        choose: how tokens are drawn, or a function from logits [row token] to tokens [row]; the likeliest unless given.
+        stop: from a row's new tokens to whether it is done, such as `stop_at(tokenizer, strings)`.
+        stream: told every new token when it is there: its row, its number, and its exit.
         at_once: fill the keys and values of skipped layers when a token leaves and not when they are next needed.
 
     Raises:
         ValueRangeError: a prompt is empty or too long for the decoder, or has a number that is no token.
         ShapeError: the policy is for another number of exits.
     """
-    lengths = _checked(model, prompts, max_new_tokens)
-    _check_policy(model, policy)
+    lengths = checked_prompts(model, prompts, max_new_tokens)
+    rule = as_rule(policy, model.exits, gates=model.gates is not None)
+    device = next(model.parameters()).device
+    chosen = choose.chooser(device) if isinstance(choose, Sampling) else choose or likeliest
     with eval_mode(model), torch.inference_mode():
-        run = _Run(model, policy, lengths, max_new_tokens, encoded, at_once)
-        chosen = choose or _likeliest
-        return run.go(prompts, [max_new_tokens] * len(lengths), end, lambda _, logits: chosen(logits).tolist())
+        run = Run(model, rule, lengths, max_new_tokens, encoded, at_once=at_once)
+        return run.go(
+            prompts, [max_new_tokens] * len(lengths), lambda _, logits: chosen(logits).tolist(),
+            lambda tokens: tokens[-1] == end or (stop is not None and stop(tokens)), stream,
+        )  # fmt: skip
 
 
 def score(
     model: TokenExits,
-    policy: Policy | None,
+    policy: Policy | TokenPolicy | None,
     rows: Sequence[Sequence[int]],
     *,
     encoded: Float[Tensor, "row memory dim"] | None = None,
@@ -105,9 +115,9 @@ def score(
         raise ValueRangeError(f"every row needs more than given={given} tokens, which has to be at least 1.")
     prompts, rest = [row[:given] for row in rows], [list(row[given:]) for row in rows]
     most = max(map(len, rest), default=0)
-    lengths = _checked(model, prompts, most)
-    _checked(model, rest, 1)
-    _check_policy(model, policy)
+    lengths = checked_prompts(model, prompts, most)
+    checked_prompts(model, rest, 1)
+    rule = as_rule(policy, model.exits, gates=model.gates is not None)
     losses: list[list[float]] = [[] for _ in rows]
 
     def said(going: list[int], logits: Tensor) -> list[int]:
@@ -118,24 +128,17 @@ def score(
         return tokens
 
     with eval_mode(model), torch.inference_mode():
-        run = _Run(model, policy, lengths, most, encoded, False)
-        exits = run.go(prompts, [len(row) for row in rest], None, said).exits
+        run = Run(model, rule, lengths, most, encoded)
+        exits = run.go(prompts, [len(row) for row in rest], said).exits
     return Scored(tuple(map(tuple, losses)), exits)
 
 
-def _check_policy(model: TokenExits, policy: Policy | None) -> None:
-    if policy is not None:
-        check_exits(policy, model.exits)
-        if policy.needs:
-            raise ShapeError(f"{type(policy).__name__} needs signals, which token exits do not have.")
+def checked_prompts(model: TokenExits, prompts: Sequence[Sequence[int]], new: int) -> list[int]:
+    """The lengths of the prompts.
 
-
-def _likeliest(logits: Tensor) -> Tensor:
-    return logits.argmax(-1)
-
-
-def _checked(model: TokenExits, prompts: Sequence[Sequence[int]], new: int) -> list[int]:
-    """The lengths of the prompts."""
+    Raises:
+        ValueRangeError: they cannot be read, or there is no room for so many new tokens.
+    """
     lengths = [len(prompt) for prompt in prompts]
     context, vocabulary = model.decoder.context, model.classes
     if not lengths or min(lengths) == 0:
@@ -155,42 +158,51 @@ def _checked(model: TokenExits, prompts: Sequence[Sequence[int]], new: int) -> l
     return lengths
 
 
-class _Run:
-    """One call of `generate`."""
+class Run:
+    """One text a row: its cache, and the steps that make a token for each of some rows.
+
+    Args:
+        model, encoded, at_once: as for `generate`.
+        rule: how tokens leave; None for not at all.
+        lengths: of the prompts.
+        new: tokens that are to be made at most.
+    """
 
     def __init__(
-        self, model: TokenExits, policy: Policy | None, lengths: list[int], new: int, encoded: Tensor | None,
-        at_once: bool,
+        self, model: TokenExits, rule: TokenPolicy | None, lengths: list[int], new: int, encoded: Tensor | None = None,
+        *, at_once: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.policy, self.decoder = model, policy, model.decoder
+        self.model, self.rule, self.decoder, self.new = model, rule, model.decoder, new
         self.device = next(model.parameters()).device
         self.cache = TokenCache(self.decoder, len(lengths), max(lengths) + new, at_once=at_once)
-        self.lengths = lengths
+        self.lengths, self.made = list(lengths), 0
         self.memory = None if encoded is None else self.decoder.memory(encoded)
-        visited = range(model.exits) if policy is None else visits(policy, model.exits)
+        visited = range(model.exits) if rule is None else rule.visited(model.exits)
         ends = (*model.at, self.decoder.layers - 1)
-        self.exit_behind = {} if policy is None else {ends[k]: k for k in visited if k < len(model.at)}
+        self.exit_behind = {} if rule is None else {ends[k]: k for k in visited if k < len(model.at)}
+        self.policy: Policy | None = None  # of the step that is under way
 
     def go(
-        self, prompts: Sequence[Sequence[int]], most: list[int], end: int | None,
-        pick: Callable[[list[int], Tensor], list[int]],
+        self, prompts: Sequence[Sequence[int]], most: list[int], pick: Callable[[list[int], Tensor], list[int]],
+        over: Callable[[list[int]], bool] | None = None, stream: Callable[[int, int, int], None] | None = None,
     ) -> Generated:  # fmt: skip
-        """All new tokens: at most so many a row, picked from the rows' numbers and logits."""
+        """All new tokens: at most so many a row, picked from the rows' numbers and logits, until a row is over."""
         rows = list(range(len(prompts)))
         tokens: list[list[int]] = [[] for _ in rows]
         exits: list[list[int]] = [[] for _ in rows]
-        logits, left = self._read(prompts), [self.model.exits - 1] * len(rows)
+        logits, left = self.read(prompts), [self.model.exits - 1] * len(rows)
         while True:
-            picked = pick(rows, logits)
-            for row, token, exit_ in zip(rows, picked, left, strict=True):
+            for row, token, exit_ in zip(rows, pick(rows, logits), left, strict=True):
                 tokens[row].append(token)
                 exits[row].append(exit_)
-            rows = [row for row in rows if len(tokens[row]) < most[row] and tokens[row][-1] != end]
+                if stream is not None:
+                    stream(row, token, exit_)
+            rows = [r for r in rows if len(tokens[r]) < most[r] and not (over is not None and over(tokens[r]))]
             if not rows:
                 return Generated(tuple(map(tuple, tokens)), tuple(map(tuple, exits)))
-            logits, left = self._step(rows, [tokens[row][-1] for row in rows])
+            logits, left = self.step(rows, [tokens[row][-1] for row in rows])
 
-    def _read(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "row token"]:
+    def read(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "row token"]:
         """The logits behind every prompt, read by the whole decoder."""
         longest = max(self.lengths)
         ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self.device)
@@ -201,8 +213,10 @@ class _Run:
         last = torch.tensor(self.lengths, device=self.device) - 1
         return self.model.said(self.model.exits - 1, hidden[torch.arange(len(prompts), device=self.device), last])
 
-    def _step(self, rows: list[int], tokens: list[int]) -> tuple[Tensor, list[int]]:
-        """(logits, exits) of one new token for each of these rows, which then is in the cache."""
+    def step(self, rows: list[int], tokens: list[int]) -> tuple[Tensor, list[int]]:
+        """(logits, exits) of the token behind these, which are put into the cache: one for each of these rows."""
+        self.made += 1
+        self.policy = None if self.rule is None else self.rule.at(self.made, self.new)
         positions = [self.lengths[row] for row in rows]
         for row in rows:
             self.lengths[row] += 1
@@ -231,7 +245,7 @@ class _Run:
             if not flight:
                 return torch.stack(answers), left
             hidden, spots = hidden[stay], spots[stay]
-            state = tuple(part[stay] for part in state)
+            state = None if state is None else tuple(part[stay] for part in state)
             on = [rows[i] for i in flight]
             store, memory = self.cache.step(on, [positions[i] for i in flight]), self._memory_of(on)
         last = self.model.exits - 1
@@ -240,12 +254,41 @@ class _Run:
             answers[place] = said[i]
         return torch.stack(answers), left
 
-    def _asked(self, k: int, hidden: Tensor, state: State | None) -> tuple[list[bool], State, Tensor]:
-        """What the policy says at exit k: who leaves, its state, and the answers."""
-        seen = Evidence(self.model.said(k, hidden))
+    def reorder(self, rows: list[int]) -> None:
+        """Row i goes on with what row rows[i] was."""
+        self.cache.reorder(rows)
+        self.lengths = [self.lengths[row] for row in rows]
+        if self.memory is not None:
+            self.memory = [(keys[rows], values[rows]) for keys, values in self.memory]
+
+    def _asked(self, k: int, hidden: Tensor, state: State | None) -> tuple[list[bool], State | None, Tensor]:
+        """What the policy says at exit k: who leaves, its state, and the answers; rows that a gate holds stay."""
         policy: Policy = self.policy  # type: ignore[assignment]
+        open_ = self.model.opened(k, hidden, self.rule)
+        if open_ is not None and not all(open_):
+            if not any(open_):
+                return open_, state, hidden
+            return self._asked_some(k, hidden, state, [i for i, asked in enumerate(open_) if asked])
+        seen = Evidence(self.model.said(k, hidden))
         step = policy.step(k, seen, policy.init(seen) if state is None else state)
         return step.stop.tolist(), step.state, step.answer
+
+    def _asked_some(
+        self, k: int, hidden: Tensor, state: State | None, asked: list[int]
+    ) -> tuple[list[bool], State, Tensor]:
+        policy: Policy = self.policy  # type: ignore[assignment]
+        seen = Evidence(self.model.said(k, hidden[asked]))
+        answer = seen.logits.new_zeros(len(hidden), seen.logits.shape[1])
+        state = policy.init(Evidence(answer)) if state is None else state
+        step = policy.step(k, seen, tuple(part[asked] for part in state))
+        state = tuple(part.clone() for part in state)
+        for part, changed in zip(state, step.state, strict=True):
+            part[asked] = changed
+        answer[asked] = step.answer
+        stop = [False] * len(hidden)
+        for i, out in zip(asked, step.stop.tolist(), strict=True):
+            stop[i] = out
+        return stop, state, answer
 
     def _memory_of(self, rows: list[int]) -> list[tuple[Tensor, Tensor]] | None:
         if self.memory is None or len(rows) == self.cache.rows:

@@ -7,15 +7,16 @@ from torch import Tensor
 
 from offramp.generation.heads import TokenExits
 from offramp.generation.loop import Generated
+from offramp.generation.rules import TokenPolicy, as_rule
 from offramp.graph import eval_mode
-from offramp.policies.base import Evidence, Policy, State, visits
+from offramp.policies.base import Evidence, Policy, State
 
 __all__ = ["generate_without_cache"]
 
 
 @torch.inference_mode()
 def generate_without_cache(
-    model: TokenExits, policy: Policy | None, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
+    model: TokenExits, policy: Policy | TokenPolicy | None, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
     end: int | None = None, encoded: Tensor | None = None,
 ) -> Generated:  # fmt: skip
     """As `generate`, greedily, one row after the other, with everything computed anew for every token.
@@ -23,24 +24,27 @@ def generate_without_cache(
     A token that left behind layer e has, in all later layers, the hidden state that it left with.
     """
     tokens, exits = [], []
+    rule = as_rule(policy, model.exits, gates=model.gates is not None)
     with eval_mode(model):
         for row, prompt in enumerate(prompts):
             memory = None if encoded is None else encoded[row : row + 1]
-            said = _row(model, policy, list(prompt), max_new_tokens, end, memory)
+            said = _row(model, rule, list(prompt), max_new_tokens, end, memory)
             tokens.append(said[0])
             exits.append(said[1])
     return Generated(tuple(tokens), tuple(exits))
 
 
 def _row(
-    model: TokenExits, policy: Policy | None, ids: list[int], new: int, end: int | None, encoded: Tensor | None
+    model: TokenExits, rule: TokenPolicy | None, ids: list[int], new: int, end: int | None, encoded: Tensor | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     decoder, last = model.decoder, model.exits - 1
     prompt = len(ids)
     left = [decoder.layers - 1] * prompt  # behind which layer each token left
     exits = [last]
     while True:
-        logits, exit_, layer = _whole(model, ids, left, policy, encoded, len(ids) > prompt)
+        logits, exit_, layer = _whole(
+            model, ids, left, rule if len(ids) > prompt else None, encoded, len(ids) - prompt, new
+        )
         if len(ids) > prompt:
             left[-1] = layer
             exits.append(exit_)
@@ -51,8 +55,9 @@ def _row(
 
 
 def _whole(
-    model: TokenExits, ids: list[int], left: list[int], policy: Policy | None, encoded: Tensor | None, asks: bool
-) -> tuple[Tensor, int, int]:
+    model: TokenExits, ids: list[int], left: list[int], rule: TokenPolicy | None, encoded: Tensor | None, token: int,
+    most: int,
+) -> tuple[Tensor, int, int]:  # fmt: skip
     """(logits behind the last token, its exit, its layer), with the earlier tokens held where they left."""
     decoder = model.decoder
     device = next(model.parameters()).device
@@ -61,21 +66,22 @@ def _whole(
     memory = None if encoded is None else decoder.memory(encoded)
     hidden = decoder.embed(torch.tensor([ids], device=device), positions)
     behind = {j: k for k, j in enumerate(model.at)}
-    wanted = () if policy is None or not asks else visits(policy, model.exits)
+    policy = None if rule is None else rule.at(token, most)
+    wanted = () if rule is None else rule.visited(model.exits)
     state: State | None = None
     for j in range(decoder.layers):
         after = decoder.layer(j, hidden, positions, lambda _, keys, values: (keys, values, mask), memory)
         stays = torch.tensor([layer < j for layer in left], device=device)[None, :, None]
         hidden = torch.where(stays, hidden, after)
         k = behind.get(j)
-        if policy is not None and k in wanted and k is not None:
+        if policy is not None and k in wanted and k is not None and model.opened(k, hidden[:, -1], rule) != [False]:
             seen = Evidence(model.said(k, hidden[:, -1]))
             step = policy.step(k, seen, policy.init(seen) if state is None else state)
             state = step.state
             if bool(step.stop):
                 return step.answer[0], k, j
     said = model.said(model.exits - 1, hidden[:, -1])
-    if policy is not None and asks:
+    if policy is not None:
         seen = Evidence(said)
         said = policy.step(model.exits - 1, seen, policy.init(seen) if state is None else state).answer
     return said[0], model.exits - 1, decoder.layers - 1
