@@ -14,11 +14,14 @@ transformers = pytest.importorskip("transformers")
 from offramp import Recipe, Uniform, train  # noqa: E402
 from offramp.errors import DataError, ShapeError, ValueRangeError  # noqa: E402
 from offramp.generation import (  # noqa: E402
+    Draft,
     Sampling,
     TokenPolicy,
     attach_tokens,
+    choose_draft,
     decoder_of,
     generate,
+    generate_lossless,
     generate_without_cache,
     score,
     search,
@@ -204,6 +207,32 @@ def test_one_beam_is_greedy_and_sampling_leaves_too(network: Any) -> None:
     drawn = generate(model, POLICIES["max-prob"], given, max_new_tokens=12, choose=Sampling(temperature=0.5))
     assert drawn.tokens != greedy.tokens
     assert len({exit_ for row in drawn.exits for exit_ in row}) > 1
+
+
+@pytest.mark.parametrize("draft", [Draft(0, 1), Draft(2, 4), Draft(3, 3, sure=0.6), Draft(1, 30)])
+@pytest.mark.parametrize("end", [None, 11])
+def test_drafts_that_are_checked_give_the_whole_decoders_text(network: Any, draft: Draft, end: int | None) -> None:
+    model, given = attach_tokens(network, head="shared"), prompts(16, seed=4)
+    plain = generate(model, None, given, max_new_tokens=20, end=end)
+    found = generate_lossless(model, draft, given, max_new_tokens=20, end=end)
+    assert found.tokens == plain.tokens
+    assert 0 < found.kept < found.drafted
+    passes = sum(found.checks)
+    assert found.kept + passes >= sum(map(len, plain.tokens)) - len(given)  # every pass gives one token besides
+
+
+def test_a_draft_that_pays_is_found_by_measuring() -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=4, **PLAIN)
+    model = attach_tokens(transformers.GPT2LMHeadModel(config), head="shared")
+    drafts = [Draft(0, 2), Draft(0, 4)]
+    times = choose_draft(model, prompts(2), max_new_tokens=8, drafts=drafts, rounds=2)
+    assert {draft for draft, _ in times.drafts} == set(drafts)
+    assert (times.best is None) == (times.speedup <= 1)
+    with pytest.raises(ValueRangeError, match="of exit 1; expected one before the last, 0 to 0"):
+        generate_lossless(model, Draft(1), prompts(1))
+    with pytest.raises(ValueRangeError, match="there is no draft to try"):
+        choose_draft(model, prompts(1), drafts=[])
 
 
 class Letters:

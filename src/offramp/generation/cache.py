@@ -95,6 +95,15 @@ class TokenCache:
         """The store of the prompts of all rows at once, padded behind; their first tokens are at position 0."""
         return _Prompts(self, list(lengths))
 
+    def several(self, begin: int, count: int) -> "_Several":
+        """The store of `count` tokens of the only row, from position `begin` on."""
+        return _Several(self, begin, count)
+
+    def forget(self, tokens: int) -> None:
+        """Nothing; of the only row, just its first `tokens` are there."""
+        for filled in self.filled:
+            filled[0] = min(filled[0], tokens)
+
     def reorder(self, rows: Sequence[int]) -> None:
         """Nothing; row i is what row `rows[i]` was, as beams need it."""
         index = torch.as_tensor(rows, device=self.keys.device)
@@ -116,6 +125,23 @@ class _Prompts:
         cache.filled[j] = list(self.lengths)
         mask = torch.ones(tokens, tokens, dtype=torch.bool, device=keys.device).tril() if tokens > 1 else None
         return keys, values, mask
+
+
+class _Several:
+    """Stores some tokens of the only row: each sees those before it."""
+
+    def __init__(self, cache: TokenCache, begin: int, count: int) -> None:
+        self.cache, self.begin, self.end, self.mask = cache, begin, begin + count, None
+        cache.grow(self.end)
+        if count > 1:
+            spots = torch.arange(self.end, device=cache.keys.device)
+            self.mask = spots <= spots[begin:, None]
+
+    def __call__(self, j: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        cache, begin, end = self.cache, self.begin, self.end
+        cache.keys[j, :, :, begin:end], cache.values[j, :, :, begin:end] = keys, values
+        cache.filled[j][0] = end
+        return cache.keys[j, :, :, :end], cache.values[j, :, :, :end], self.mask
 
 
 class _Step:
