@@ -4,13 +4,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, Int64, Shaped
 from torch import Generator, Tensor
 
 from offramp.data import Augment, Batch, Ragged
 from offramp.errors import DataError, ShapeError
 
-__all__ = ["TokenRows"]
+__all__ = ["TokenRows", "next_tokens"]
 
 NO_TOKEN = -100  # where a label stands for nothing, as in transformers
 
@@ -102,3 +102,9 @@ class TokenRows:
             told.update(self.image.numpy().tobytes())
             told.update(self.images.contiguous().numpy().tobytes())
         return told.hexdigest()
+
+
+def next_tokens(batch: Batch) -> Int64[Tensor, "token"]:
+    """The tokens of a batch that are to be said, row after row."""
+    labels = torch.as_tensor(batch.labels)
+    return labels[labels >= 0]

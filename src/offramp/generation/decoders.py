@@ -30,6 +30,7 @@ class Decoder(Protocol):
 
     network: nn.Module
     head: nn.Linear
+    blocks: nn.ModuleList
     layers: int
     width: int
     vocabulary: int
@@ -67,7 +68,7 @@ class GPT2Decoder:
 
     def __init__(self, network: Any) -> None:
         body, config = network.transformer, network.config
-        self.network, self.body, self.head = network, body, network.lm_head
+        self.network, self.body, self.blocks, self.head = network, body, body.h, network.lm_head
         self.layers, self.width, self.vocabulary = len(body.h), config.hidden_size, config.vocab_size
         self.context, self.heads = config.max_position_embeddings, config.num_attention_heads
         self.head_width = self.width // self.heads
@@ -130,7 +131,7 @@ class LlamaDecoder:
 
     def __init__(self, network: Any) -> None:
         body, config = network.model, network.config
-        self.network, self.body, self.head = network, body, network.lm_head
+        self.network, self.body, self.blocks, self.head = network, body, body.layers, network.lm_head
         self.layers, self.width, self.vocabulary = len(body.layers), config.hidden_size, config.vocab_size
         self.context, self.heads = config.max_position_embeddings, config.num_key_value_heads
         self.head_width = getattr(config, "head_dim", None) or self.width // config.num_attention_heads

@@ -1,17 +1,18 @@
 """Vocabulary heads behind a decoder's layers."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from offramp.errors import ValueRangeError
 from offramp.generation.decoders import Decoder, decoder_of
 from offramp.generation.rules import TokenPolicy
 
-__all__ = ["FactorisedHead", "FullHead", "SharedHead", "TokenExits", "attach_tokens"]
+__all__ = ["FactorisedHead", "FullHead", "SharedHead", "ShortlistHead", "TokenExits", "attach_tokens"]
 
 
 class SharedHead(nn.Module):
@@ -57,6 +58,40 @@ class FactorisedHead(nn.Module):
     def forward(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch token"]:
         """Logits over the vocabulary."""
         return self.out(self.down(self.norm(hidden)))  # type: ignore[no-any-return]
+
+
+class ShortlistHead(nn.Module):
+    """A norm and a matrix from hidden states to some tokens, and one number for all others together.
+
+    The others share their probability evenly, so that none of them is sure: a token that is not on the list goes on to
+    later exits under any policy that asks for confidence.
+
+    Args:
+        tokens: that it can say, such as `TokenRows.frequent`.
+    """
+
+    tokens: Tensor
+
+    def __init__(self, decoder: Decoder, tokens: Int[Tensor, "listed"]) -> None:
+        super().__init__()
+        listed = torch.as_tensor(tokens).unique()
+        others = decoder.vocabulary - len(listed)
+        if not len(listed) or others < 1 or not 0 <= int(listed.min()) <= int(listed.max()) < decoder.vocabulary:
+            raise ValueRangeError(
+                f"the shortlist has {len(listed)} tokens; expected 1 to {decoder.vocabulary - 1} of the numbers 0 to "
+                f"{decoder.vocabulary - 1}."
+            )
+        self.register_buffer("tokens", listed)
+        self.norm = nn.LayerNorm(decoder.width)
+        self.out = nn.Linear(decoder.width, len(listed) + 1)
+        self.vocabulary, self.share = decoder.vocabulary, math.log(others)
+
+    def forward(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch token"]:
+        """Logits over the vocabulary."""
+        said = self.out(self.norm(hidden))
+        others = said[..., -1:] - self.share
+        whole = others.expand(*said.shape[:-1], self.vocabulary)
+        return whole.index_copy(-1, self.tokens, said[..., :-1])
 
 
 class TokenExits(nn.Module):
@@ -119,14 +154,20 @@ class TokenExits(nn.Module):
         Args:
             inputs: input_ids and attention_mask [batch token], padded behind; pixel_values for an encoder.
         """
-        states, last, kept = self._states(inputs)
-        said = [head(states[j + 1][:, :-1][kept]) for j, head in zip(self.at, self.heads, strict=True)]
-        return torch.stack([*said, last[:, :-1][kept]])
+        states, last = self.states(inputs)
+        return torch.stack([*(head(state) for head, state in zip(self.heads, states, strict=True)), last])
 
     def plain(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "token cls"]:
         """The last exit's logits alone."""
         _, last, kept = self._states(inputs, hidden=False)
         return last[:, :-1][kept]
+
+    def states(
+        self, inputs: Mapping[str, Tensor]
+    ) -> tuple[list[Float[Tensor, "token dim"]], Float[Tensor, "token cls"]]:
+        """(what every exit but the last reads, the last exit's logits) for every token that is to be said."""
+        states, last, kept = self._states(inputs)
+        return [states[j + 1][:, :-1][kept] for j in self.at], last[:, :-1][kept]
 
     def _states(self, inputs: Mapping[str, Tensor], hidden: bool = True) -> tuple[Any, Tensor, Tensor]:
         """(hidden states before and behind every layer, logits behind the last, which tokens are to be said)."""
@@ -139,16 +180,22 @@ class TokenExits(nn.Module):
 
 
 def attach_tokens(
-    network: Any, at: tuple[int, ...] | None = None, *, head: str = "factorised", rank: int | None = None
+    network: Any,
+    at: tuple[int, ...] | None = None,
+    *,
+    head: str = "factorised",
+    rank: int | None = None,
+    shortlist: Int[Tensor, "listed"] | None = None,
 ) -> TokenExits:
     """A language model of transformers with vocabulary heads behind some of its layers.
 
     Args:
         network: e.g. GPT2LMHeadModel, LlamaForCausalLM, VisionEncoderDecoderModel; it is used as it is, not copied.
         at: layers, 0-based; every one but the last unless given.
-        head: "factorised" (to `rank` and from there to the vocabulary), "full" (the paper's), or "shared" (the
-            decoder's own).
+        head: "factorised" (to `rank` and from there to the vocabulary), "shortlist" (some tokens, and the rest as one),
+            "full" (the paper's), or "shared" (the decoder's own).
         rank: of factorised heads; 64 unless given, or the width where that is less.
+        shortlist: token numbers, for heads with a shortlist.
 
     Raises:
         ValueRangeError: the network, a layer or the head is none that can be used.
@@ -160,9 +207,12 @@ def attach_tokens(
             f"exits are wanted behind the layers {at}; expected rising numbers from 0 to {decoder.layers - 2}, as the "
             "last layer is an exit anyway."
         )
+    if (shortlist is not None) != (head == "shortlist"):
+        given = "is" if shortlist is not None else "is not"
+        raise ValueRangeError(f"the head is {head!r} and a shortlist {given} given; expected both or neither.")
     kinds = {
         "factorised": lambda: FactorisedHead(decoder, rank), "full": lambda: FullHead(decoder),
-        "shared": lambda: SharedHead(decoder),
+        "shared": lambda: SharedHead(decoder), "shortlist": lambda: ShortlistHead(decoder, torch.as_tensor(shortlist)),
     }  # fmt: skip
     if head not in kinds:
         raise ValueRangeError(f"the head is {head!r}; expected one of {', '.join(kinds)}.")

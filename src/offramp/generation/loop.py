@@ -172,15 +172,19 @@ class Run:
         self, model: TokenExits, rule: TokenPolicy | None, lengths: list[int], new: int, encoded: Tensor | None = None,
         *, at_once: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.rule, self.decoder, self.new = model, rule, model.decoder, new
+        self.model, self.decoder, self.new = model, model.decoder, new
         self.device = next(model.parameters()).device
         self.cache = TokenCache(self.decoder, len(lengths), max(lengths) + new, at_once=at_once)
         self.lengths, self.made = list(lengths), 0
         self.memory = None if encoded is None else self.decoder.memory(encoded)
-        visited = range(model.exits) if rule is None else rule.visited(model.exits)
-        ends = (*model.at, self.decoder.layers - 1)
-        self.exit_behind = {} if rule is None else {ends[k]: k for k in visited if k < len(model.at)}
+        self.leave_by(rule)
         self.policy: Policy | None = None  # of the step that is under way
+
+    def leave_by(self, rule: TokenPolicy | None) -> None:
+        """Nothing; tokens leave by this rule from now on."""
+        visited = () if rule is None else rule.visited(self.model.exits)
+        ends = (*self.model.at, self.decoder.layers - 1)
+        self.rule, self.exit_behind = rule, {ends[k]: k for k in visited if k < len(self.model.at)}
 
     def go(
         self, prompts: Sequence[Sequence[int]], most: list[int], pick: Callable[[list[int], Tensor], list[int]],
