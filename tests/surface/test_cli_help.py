@@ -27,6 +27,8 @@ NAMES = [
         "check",
         "bench",
         "predict",
+        "generate",
+        "caption",
         "export",
         "report",
         "inspect",

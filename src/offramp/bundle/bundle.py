@@ -284,6 +284,8 @@ class Bundle:
             MissingExtra: its texts or images need a package that is not installed.
         """
         manifest = read_manifest(folder)
+        if manifest.fields.get("generates"):
+            raise FormatError(f"{folder} holds a model that generates: use `offramp generate` or `offramp caption`.")
         try:
             return cls._read(manifest, torch.device(device), check)
         except FormatError as error:

@@ -1,8 +1,10 @@
 """Generation of tokens that leave at exits of their own."""
 
+from offramp.generation.bundles import Said, TokenBundle
 from offramp.generation.choosing import Sampling, stop_at
 from offramp.generation.costs import measure_tokens
 from offramp.generation.decoders import Decoder, decoder_of
+from offramp.generation.encoders import resnet_encoder
 from offramp.generation.gates import learn_gates
 from offramp.generation.heads import TokenExits, attach_tokens
 from offramp.generation.loop import Generated, Scored, generate, score
@@ -22,9 +24,11 @@ __all__ = [
     "DraftTimes",
     "Generated",
     "MetricDrop",
+    "Said",
     "Sampling",
     "Scored",
     "TextResult",
+    "TokenBundle",
     "TokenExits",
     "TokenPolicy",
     "Verified",
@@ -39,6 +43,7 @@ __all__ = [
     "learn_gates",
     "measure_tokens",
     "record_tokens",
+    "resnet_encoder",
     "score",
     "search",
     "sequences_of",

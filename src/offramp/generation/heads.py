@@ -102,12 +102,16 @@ class TokenExits(nn.Module):
         decoder: from `decoder_of`.
         at: the layers with an exit behind them, 0-based and rising; the last layer is always an exit besides.
         heads: one for each of `at`.
+        made: how they were asked of `attach_tokens`, to be made again.
     """
 
     per_token = True  # it says something of every token, so that a row has many labels
 
-    def __init__(self, backbone: nn.Module, decoder: Decoder, at: tuple[int, ...], heads: list[nn.Module]) -> None:
+    def __init__(
+        self, backbone: nn.Module, decoder: Decoder, at: tuple[int, ...], heads: list[nn.Module], made: dict[str, Any]
+    ) -> None:
         super().__init__()
+        self.made = made
         self.backbone, self.heads = backbone, nn.ModuleList(heads)
         self.decoder, self.at = decoder, at
         self.gates: nn.ModuleList | None = None
@@ -144,15 +148,19 @@ class TokenExits(nn.Module):
         if not hasattr(whole, "encoder"):
             raise ValueRangeError(f"{type(whole).__name__} has no encoder, so it takes no images.")
         encoded = whole.encoder(pixels).last_hidden_state
-        if hasattr(whole, "enc_to_dec_proj"):
-            encoded = whole.enc_to_dec_proj(encoded)
-        return encoded  # type: ignore[no-any-return]
+        return self.narrowed(encoded)
+
+    def narrowed(self, encoded: Float[Tensor, "batch memory wide"]) -> Float[Tensor, "batch memory dim"]:
+        """An encoder's states as wide as the decoder's."""
+        whole: Any = self.backbone
+        return whole.enc_to_dec_proj(encoded) if hasattr(whole, "enc_to_dec_proj") else encoded
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "exit token cls"]:
         """The logits of every exit for every token that is to be said, row after row.
 
         Args:
-            inputs: input_ids and attention_mask [batch token], padded behind; pixel_values for an encoder.
+            inputs: input_ids and attention_mask [batch token], padded behind; pixel_values for an encoder, or
+                `encoded`, what it gave before.
         """
         states, last = self.states(inputs)
         return torch.stack([*(head(state) for head, state in zip(self.heads, states, strict=True)), last])
@@ -173,7 +181,9 @@ class TokenExits(nn.Module):
         """(hidden states before and behind every layer, logits behind the last, which tokens are to be said)."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if "pixel_values" in inputs:
+        if "encoded" in inputs:
+            given["encoder_hidden_states"] = self.narrowed(inputs["encoded"])
+        elif "pixel_values" in inputs:
             given["encoder_hidden_states"] = self.encode(inputs["pixel_values"])
         out = self.decoder.network(**given, output_hidden_states=hidden)
         return out.hidden_states if hidden else None, out.logits, mask[:, 1:].bool()
@@ -216,4 +226,6 @@ def attach_tokens(
     }  # fmt: skip
     if head not in kinds:
         raise ValueRangeError(f"the head is {head!r}; expected one of {', '.join(kinds)}.")
-    return TokenExits(network, decoder, at, [kinds[head]() for _ in at])
+    listed = None if shortlist is None else torch.as_tensor(shortlist).tolist()
+    made = {"at": list(at), "head": head, "rank": rank, "shortlist": listed}
+    return TokenExits(network, decoder, at, [kinds[head]() for _ in at], made)

@@ -16,7 +16,7 @@ from offramp.generation.rules import TokenPolicy, as_rule
 from offramp.graph import eval_mode
 from offramp.policies.base import Evidence, Policy, State
 
-__all__ = ["Generated", "Scored", "generate", "score"]
+__all__ = ["Generated", "Run", "Scored", "checked_prompts", "generate", "score"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from offramp.generation.rules import TokenPolicy
 from offramp.meter import Meter
 from offramp.policies import Policy
 
-__all__ = ["Changed", "TextLoss", "TextResult", "Tried", "certify_texts"]
+__all__ = ["Changed", "TextLoss", "TextResult", "Tried", "certify_texts", "in_batches"]
 
 Tokens = Sequence[Sequence[int]]
 
@@ -138,14 +138,10 @@ def certify_texts(
         whole = written(None)
         meter.advance()
         for rule in rules:
-            early = written(rule)
-            losses = _checked(loss(whole.tokens, early.tokens), len(prompts))
-            p = float(betting_p(losses[order], loss.epsilon, delta, least=loss.least))
-            exits = [exit_ for row in early.exits for exit_ in row[1:]]
-            depth = sum(exits) / max(1, len(exits))
-            tried.append(Tried(rule, float(losses.mean()), p, depth))
+            one, losses = _tried(rule, whole, written(rule), loss, delta, order)
+            tried.append(one)
             meter.advance()
-            if p > delta:
+            if one.p > delta:
                 break
             best, found = rule, losses
     if best is None or found is None:
@@ -153,6 +149,16 @@ def certify_texts(
     bound = upper_bound(found[order], "betting", delta, least=loss.least)
     promise = Promise(loss.name, "betting", loss.epsilon, delta, float(found.mean()), len(prompts), bound)
     return TextResult(best, promise, tuple(tried))
+
+
+def _tried(
+    rule: TokenPolicy, whole: Generated, early: Generated, loss: TextLoss, delta: float, order: Tensor
+) -> tuple[Tried, Tensor]:
+    """(what a policy did, its losses)."""
+    losses = _checked(loss(whole.tokens, early.tokens), len(order))
+    p = float(betting_p(losses[order], loss.epsilon, delta, least=loss.least))
+    exits = [exit_ for row in early.exits for exit_ in row[1:]]
+    return Tried(rule, float(losses.mean()), p, sum(exits) / max(1, len(exits))), losses
 
 
 def _checked(losses: Tensor, rows: int) -> Tensor:
