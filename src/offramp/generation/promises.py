@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -127,18 +128,17 @@ def certify_texts(
         raise ValueRangeError(f"delta is {delta!r}; expected a number between 0 and 1.")
     rules = [each if isinstance(each, TokenPolicy) else TokenPolicy(each) for each in rungs]
 
-    def written(policy: TokenPolicy | None) -> Generated:
-        return in_batches(
-            model, policy, prompts, max_new_tokens=max_new_tokens, end=end, encoded=encoded, batch_size=batch_size
-        )
-
+    written = partial(
+        in_batches, model, prompts=prompts, max_new_tokens=max_new_tokens, end=end, encoded=encoded,
+        batch_size=batch_size,
+    )  # fmt: skip
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
     tried, best, found = list[Tried](), None, None
     with Meter("certifying", len(rules) + 1, progress) as meter:
-        whole = written(None)
+        whole = written(policy=None)
         meter.advance()
         for rule in rules:
-            one, losses = _tried(rule, whole, written(rule), loss, delta, order)
+            one, losses = _tried(rule, whole, written(policy=rule), loss, delta, order)
             tried.append(one)
             meter.advance()
             if one.p > delta:
@@ -168,7 +168,7 @@ def _checked(losses: Tensor, rows: int) -> Tensor:
 
 
 def in_batches(
-    model: TokenExits, policy: Policy | TokenPolicy | None, prompts: Tokens, *, batch_size: int = 16,
+    model: TokenExits, *, policy: Policy | TokenPolicy | None, prompts: Tokens, batch_size: int = 16,
     encoded: Tensor | None = None, **options: Any,
 ) -> Generated:  # fmt: skip
     """`generate`, so many prompts at once."""
