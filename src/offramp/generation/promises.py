@@ -103,10 +103,9 @@ def certify_texts(
 ) -> TextResult:
     """The boldest of some policies whose mean loss over new texts is at most the loss's epsilon, with confidence.
 
-    Every policy generates the texts as it would in use, caches and all, so that what an early exit does to later tokens
-    counts. Policies are tested from the safest on, and the first that is not certified ends it: the chance of a wrong
-    certificate is at most delta, however many there are (Learn then Test, fixed sequence), by the betting bound of
-    Waudby-Smith and Ramdas over whole texts, which are what is drawn anew, not their tokens.
+    Every policy generates the texts as in use, so that what an early exit does to later tokens counts. The first that
+    is not certified, from the safest on, ends it: the chance of a wrong certificate is at most delta (Learn then Test,
+    fixed sequence), by the betting bound of Waudby-Smith and Ramdas over whole texts, not their tokens.
 
     Args:
         model: from `attach_tokens`.
@@ -118,8 +117,7 @@ def certify_texts(
         seed: of the order of texts in the test.
 
     Raises:
-        DataError: there are no policies.
-        ValueRangeError: delta is no chance.
+        DataError, ValueRangeError: there are no policies; delta is no chance.
         ShapeError: the loss gave something other than one number a text.
     """
     if not rungs:
