@@ -1,0 +1,101 @@
+"""One training of the experiments with tokens: a task and a variant.
+
+    python -m experiments.tokens.train scenes plain --data DIR       # the decoder alone, its last layer
+    python -m experiments.tokens.train scenes exits --data DIR       # goes on from it, every exit taught by the last
+    python -m experiments.tokens.train scenes heads --data DIR       # heads alone on the frozen decoder, as the paper
+    python -m experiments.tokens.train scenes shallow-4 --data DIR   # what a user would take instead
+
+Writes runs/tokens/TASK-VARIANT-SEED/{model.safetensors,cell.json}. Given again after a stop, it goes on.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from experiments.tokens.networks import LAYERS, TASKS, exits_of, network_of, rows_of, tokenizer_of
+from safetensors.torch import load_model, save_model
+
+from offramp import FinalOnly, Recipe, SelfDistill, train
+from offramp.artefacts import write_atomically, write_json
+from offramp.generation import TokenExits, record_tokens
+from offramp.machine import machine_line, versions
+from offramp.meter import duration
+
+EPOCHS = {("scenes", "plain"): 3, ("scenes", "exits"): 2, ("scenes", "heads"): 1,
+          ("coco", "plain"): 6, ("coco", "exits"): 3, ("coco", "heads"): 2}  # fmt: skip
+VARIANTS = ("plain", "exits", "heads", "shallow-2", "shallow-3", "shallow-4", "shallow-6")
+AFTER = {"exits": "plain", "heads": "plain"}
+
+
+def folder_of(task: str, variant: str, seed: int, runs: Path) -> Path:
+    return runs / f"{task}-{variant}-{seed}"
+
+
+def model_of(task: str, variant: str, seed: int, data: Path, runs: Path, *, trained: bool = True) -> TokenExits:
+    """The model of a cell."""
+    layers = int(variant.removeprefix("shallow-")) if variant.startswith("shallow") else LAYERS
+    vocabulary = len(tokenizer_of(task, data, runs / "cache"))
+    model = exits_of(network_of(task, layers, data, vocabulary, seed), task)
+    if trained:
+        folder = folder_of(task, variant, seed, runs)
+        if not (folder / "cell.json").exists():
+            raise SystemExit(f"{folder} is not trained yet: python -m experiments.tokens.train {task} {variant}")
+        load_model(model, str(folder / "model.safetensors"))
+    return model.eval()
+
+
+def cell(task: str, variant: str, seed: int, data: Path, runs: Path, *, limit: int | None = None) -> dict[str, Any]:
+    """What came of a training."""
+    folder = folder_of(task, variant, seed, runs)
+    told = folder / "cell.json"
+    if told.exists():
+        return json.loads(told.read_text(encoding="utf-8"))
+    before = AFTER.get(variant)
+    model = model_of(task, before or variant, seed, data, runs, trained=before is not None)
+    rows = rows_of(task, "train", data, runs / "cache", limit=limit).rows
+    epochs = EPOCHS[task, variant if (task, variant) in EPOCHS else "plain"]
+    lr = 1e-3 if before is None else 3e-4
+    recipe = Recipe(
+        epochs=epochs, batch_size=32, lr=lr, head_lr=1e-3, schedule="cosine", seed=seed,
+        frozen="backbone" if variant == "heads" else None,
+    )  # fmt: skip
+    # the paper's heads learn half from labels and half from the last layer, at temperature 1, alike at all layers
+    goal = FinalOnly() if before is None else SelfDistill()
+    if variant == "heads":
+        goal = SelfDistill(temperature=1.0, weights="uniform")
+    print(f"{task} {variant}: {rows.tokens} tokens, {epochs} epochs", flush=True)
+    report = train(model, rows, objective=goal, recipe=recipe, checkpoint=folder / "checkpoint")
+    held = rows_of(task, "calibrate", data, runs / "cache", limit=limit).rows
+    right = record_tokens(model, held, progress=False).accuracy()
+    value = {
+        "task": task, "variant": variant, "seed": seed, "objective": repr(goal), "recipe": recipe.describe(),
+        "rows": len(rows), "tokens": rows.tokens, "token_accuracy": right, "seconds": report.seconds,
+        "threads": torch.get_num_threads(), "machine": machine_line(), "versions": versions(),
+        "data": rows.fingerprint(), "limit": limit,
+    }  # fmt: skip
+    write_atomically(folder / "model.safetensors", lambda partial: save_model(model, str(partial)))
+    write_json(told, value)
+    (folder / "checkpoint" / "train.safetensors").unlink(missing_ok=True)
+    return value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("variant", choices=VARIANTS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs/tokens"))
+    parser.add_argument("--limit", type=int, default=None, help="scenes, or images with captions: to try it out")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    value = cell(options.task, options.variant, options.seed, options.data, options.runs, limit=options.limit)
+    right = " ".join(f"{100 * each:.1f}" for each in value["token_accuracy"])
+    print(f"{options.task} {options.variant}: tokens right {right}; {duration(value['seconds'])}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
