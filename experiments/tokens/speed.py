@@ -1,0 +1,242 @@
+"""How fast tokens are: certified policies, shallower decoders, drafts that are checked, and forced exits.
+
+    python -m experiments.tokens.speed scenes exits --data DIR       # writes results/tokens/speed-scenes-exits.json
+
+Everything takes turns with the whole decoder on the same texts, generated one after the other (batch 1) and eight at
+once. What an encoder gives is computed before, alike for all. A policy is the boldest of its family, over budgets from
+the calibration trace, that keeps a promise on the certify texts: scenes at most 1 % of CIDEr lost with 95 % confidence
+(Learn then Test over whole captions); COCO's texts a perplexity that rises by at most 2 %, the upper end of a bootstrap
+interval over texts. What it loses is told for the test texts.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from experiments.tokens.networks import TASKS, rows_of, tokenizer_of
+from experiments.tokens.table import NEW, Judge, drop, rule_of, spent, worth
+from experiments.tokens.train import VARIANTS, folder_of, model_of
+
+from offramp import CostModel, ExitTrace
+from offramp.artefacts import write_json
+from offramp.generation import (
+    MetricDrop,
+    TokenExits,
+    TokenPolicy,
+    certify_texts,
+    choose_draft,
+    generate,
+    generate_lossless,
+    measure_tokens,
+    record_tokens,
+)
+from offramp.machine import alternate, machine_line, versions
+from offramp.policies import Fixed, to_dict
+
+RUNGS = (0.98, 0.9, 0.82, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.36, 0.33, 0.3, 0.27, 0.24)
+SHARE, RISE, DELTA = 0.01, 0.02, 0.05
+SHALLOW = ("shallow-2", "shallow-3", "shallow-4", "shallow-6")
+GIVEN = 4  # tokens of a COCO caption that are given, the first included
+
+
+class Setting:
+    """A model with what its texts are generated from."""
+
+    def __init__(self, task: str, model: TokenExits, data: Path, cache: Path, limit: int | None) -> None:
+        self.task, self.model = task, model
+        self.tokenizer = tokenizer_of(task, data, cache)
+        self.splits = {split: rows_of(task, split, data, cache, limit=limit) for split in ("certify", "test")}
+        self.judges = {split: Judge(task, model, rows, self.tokenizer, limit) for split, rows in self.splits.items()}
+
+    def prompts(self, split: str, count: int) -> tuple[list[list[int]], Any]:
+        """(what is given, what the encoder gave or None)."""
+        rows = self.splits[split].rows
+        count = min(count, self.judges[split].count)
+        if self.task == "scenes":
+            encoded = self.judges[split].encoded
+            return [[0]] * count, None if encoded is None else encoded[:count]
+        return [rows.row(i)[: min(GIVEN, len(rows.row(i)) - 1)] for i in range(count)], None
+
+    def writer(self, rule: TokenPolicy | None, split: str, count: int, size: int) -> Callable[[], Any]:
+        """Generates the first texts of a split, so many at once."""
+        given, encoded = self.prompts(split, count)
+
+        def write() -> list[Any]:
+            return [
+                generate(
+                    self.model, rule, given[i : i + size], max_new_tokens=24 if self.task == "coco" else NEW,
+                    end=1, encoded=None if encoded is None else encoded[i : i + size],
+                )
+                for i in range(0, len(given) - size + 1, size)
+            ]  # fmt: skip
+
+        return write
+
+
+def certified(setting: Setting, family: str, trace: ExitTrace, costs: CostModel) -> dict[str, Any]:
+    """The boldest policy of a family that keeps the promise, and what was tried."""
+    rungs = [rule_of(family, trace, costs, budget) for budget in RUNGS]
+    if setting.task == "scenes":
+        given, encoded = setting.prompts("certify", 10**6)
+        loss = MetricDrop(
+            setting.splits["certify"].references[: len(given)],
+            lambda tokens: setting.tokenizer.decode(tokens, skip_special_tokens=True), share=SHARE,
+        )  # fmt: skip
+        found = certify_texts(
+            setting.model, rungs, given, loss, delta=DELTA, max_new_tokens=NEW, end=1, encoded=encoded, batch_size=32
+        )
+        tried = [{"loss": each.loss, "p": each.p, "depth": each.depth} for each in found.tried]
+        return {"rule": found.policy, "tried": tried}
+    whole, _ = setting.judges["certify"](None)
+    best, tried = None, list[dict[str, Any]]()
+    for rule in rungs:
+        early, _ = setting.judges["certify"](rule)
+        lost = drop("coco", whole, early)
+        tried.append(lost)
+        if lost["high"] > RISE:
+            break
+        best = rule
+    return {"rule": best, "tried": tried}
+
+
+def timed(writers: dict[str, Callable[[], Any]], seconds: float) -> dict[str, dict[str, float]]:
+    """Tokens a second by name, medians of alternating rounds; and the speed-up over the first."""
+    tokens = {name: sum(len(row) for said in write() for row in said.tokens) for name, write in writers.items()}
+    found = alternate(dict(writers), rounds=40, seconds=seconds)
+    names = list(writers)
+    per = {name: tokens[name] / each.median_s for name, each in found.items()}
+    return {
+        name: {"tokens_per_s": per[name], "speedup": per[name] / per[names[0]], "spread": found[name].spread_s
+               / found[name].median_s, "rounds": float(found[name].rounds)}
+        for name in names
+    }  # fmt: skip
+
+
+def promised_by_stages(setting: Setting, rule: TokenPolicy, costs: CostModel, size: int, count: int) -> float:
+    """The speed-up that the measured stages allow, at the sizes that reach each of them at each step."""
+    plain = early = 0.0
+    for said in setting.writer(rule, "test", count, size)():
+        for t in range(1, max(map(len, said.exits))):
+            left = [0] * setting.model.exits
+            for row in said.exits:
+                if t < len(row):
+                    left[row[t]] += 1
+            plain, early = plain + costs.plain_s(sum(left)), early + costs.stages_s(left)
+    return plain / early
+
+
+def forced(setting: Setting, seconds: float, count: int) -> list[dict[str, float]]:
+    """Every token at one exit, against that share of the layers and that exit's head, both measured."""
+    model, exits = setting.model, setting.model.exits
+    hidden = torch.randn(1, model.decoder.width)
+    with torch.inference_mode():
+        heads = alternate({str(k): lambda k=k: model.said(k, hidden).argmax(-1).item() for k in range(exits)},
+                          rounds=400, seconds=2)  # fmt: skip
+    writers = {"plain": setting.writer(None, "test", count, 1)}
+    writers |= {str(k): setting.writer(TokenPolicy(Fixed(k, exits)), "test", count, 1) for k in range(exits - 1)}
+    speeds = timed(writers, seconds)
+    plain_s, last = 1 / speeds["plain"]["tokens_per_s"], heads[str(exits - 1)].median_s
+    found = []
+    for k in range(exits - 1):
+        ideal = (plain_s - last) * (model.at[k] + 1) / model.decoder.layers + heads[str(k)].median_s
+        found.append({"exit": k, "layer": model.at[k] + 1, **speeds[str(k)],
+                      "kept": ideal * speeds[str(k)]["tokens_per_s"]})  # fmt: skip
+    return found
+
+
+def lossless(setting: Setting, seconds: float) -> dict[str, Any]:
+    """The draft that is fastest here, whether its texts are the whole decoder's, and its speed."""
+    few, few_encoded = setting.prompts("certify", 24)
+    most = 24 if setting.task == "coco" else NEW
+    times = choose_draft(setting.model, few, max_new_tokens=most, end=1, encoded=few_encoded)
+    draft = times.drafts[0][0]
+    given, encoded = setting.prompts("test", 10**6)
+    whole = setting.writer(None, "test", 10**6, 1)()
+    checked = generate_lossless(setting.model, draft, given, max_new_tokens=most, end=1, encoded=encoded)
+    same = sum(said.tokens[0] == row for said, row in zip(whole, checked.tokens, strict=True))
+
+    def write() -> list[Any]:
+        return [generate_lossless(setting.model, draft, few, max_new_tokens=most, end=1, encoded=few_encoded)]
+
+    speeds = timed({"plain": setting.writer(None, "certify", 24, 1), "drafts": write}, seconds)
+    return {"draft": [draft.exit, draft.tokens, draft.sure], "texts": len(given), "same": same,
+            "drafted": checked.drafted, "kept": checked.kept, "pays": speeds["drafts"]["speedup"] > 1,
+            **speeds["drafts"]}  # fmt: skip
+
+
+def speeds(
+    task: str, variant: str, data: Path, runs: Path, *, seed: int, limit: int | None, seconds: float, count: int
+) -> dict[str, Any]:
+    """All figures of a decoder."""
+    cache, model = runs / "cache", model_of(task, variant, seed, data, runs)
+    trace = record_tokens(model, rows_of(task, "calibrate", data, cache, limit=limit).rows)
+    setting = Setting(task, model, data, cache, limit)
+    given, encoded = setting.prompts("test", 8)
+    sizes = (1, 2, 4, 8)
+    costs = measure_tokens(model, given, batch_sizes=sizes, rounds=15, encoded=encoded)
+    whole, _ = setting.judges["test"](None)
+    rules, found = dict[str, TokenPolicy](), list[dict[str, Any]]()
+    for family in ("max-prob", "beem-a"):
+        one = certified(setting, family, trace, costs)
+        rule = one.pop("rule")
+        row = {"family": family, **one, "policy": None if rule is None else to_dict(rule.policy)}
+        if rule is not None:
+            early, exits = setting.judges["test"](rule)
+            row |= {"worth": worth(task, early), **drop(task, whole, early),
+                    "cost": spent(costs, exits, rule, model.exits)}  # fmt: skip
+            rules[family] = rule
+        print({name: value for name, value in row.items() if name not in ("tried", "policy")}, flush=True)
+        found.append(row)
+    shallow = {}
+    for name in SHALLOW:
+        if (folder_of(task, name, seed, runs) / "cell.json").exists():
+            other = Setting(task, model_of(task, name, seed, data, runs), data, cache, limit)
+            early, _ = other.judges["test"](None)
+            shallow[name] = {"setting": other, "worth": worth(task, early), **drop(task, whole, early)}
+    batches = {}
+    for size in (1, 8):
+        writers = {"plain": setting.writer(None, "test", count * size, size)}
+        writers |= {name: setting.writer(rule, "test", count * size, size) for name, rule in rules.items()}
+        writers |= {name: each["setting"].writer(None, "test", count * size, size) for name, each in shallow.items()}
+        batches[str(size)] = timed(writers, seconds)
+        for name, rule in rules.items():
+            allowed = promised_by_stages(setting, rule, costs, size, count * size)
+            batches[str(size)][name] |= {"allowed": allowed, "kept": batches[str(size)][name]["speedup"] / allowed}
+        print(size, batches[str(size)], flush=True)
+    for each in shallow.values():
+        del each["setting"]
+    return {
+        "task": task, "variant": variant, "seed": seed, "whole": worth(task, whole), "policies": found,
+        "shallow": shallow, "batches": batches, "forced": forced(setting, seconds, count),
+        "lossless": lossless(setting, seconds), "share": SHARE, "rise": RISE, "delta": DELTA,
+        "certify": setting.judges["certify"].count, "test": setting.judges["test"].count,
+        "threads": torch.get_num_threads(), "machine": machine_line(), "versions": versions(), "limit": limit,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("variant", choices=[name for name in VARIANTS if not name.startswith("shallow")])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs/tokens"))
+    parser.add_argument("--out", type=Path, default=Path("results/tokens"))
+    parser.add_argument("--limit", type=int, default=None)
+    parser.add_argument("--seconds", type=float, default=60.0, help="about so long for each group of contenders")
+    parser.add_argument("--count", type=int, default=16, help="batches that a contender generates in a turn")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    found = speeds(
+        options.task, options.variant, options.data, options.runs, seed=options.seed, limit=options.limit,
+        seconds=options.seconds, count=options.count,
+    )  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(f"wrote {write_json(options.out / f'speed-{options.task}-{options.variant}.json', found)}")
+
+
+if __name__ == "__main__":
+    main()
