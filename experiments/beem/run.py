@@ -29,6 +29,7 @@ TASKS = ("sst2", *SMALL)
 ABLATION = tuple(name for name in VARIANTS if name.startswith("taught"))
 JOINT = ("depth", "longer", "plain-first", "heads-after")
 BEFORE = ("plain", "static-2", "static-3", "static-4")
+BASE = "taught"  # what the recipes differ from in one thing
 BEST = "taught-self"  # what seeds 1 and 2 are trained with besides; the ablation says why
 MINUTES = {
     "sst2": 12,

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from experiments.beem.cells import LAYERS, VARIANTS
-from experiments.beem.run import ABLATION, BEST, JOINT, SMALL, TASKS
+from experiments.beem.run import ABLATION, BASE, BEST, JOINT, SMALL, TASKS
 from experiments.judge import Cells, alone, answers, difference, told
 
 from offramp import Budget, ErrorRate, MaxDrop
@@ -34,7 +34,7 @@ def recipes(task: str, cells: Cells, progress: Any) -> list[dict[str, Any]]:
     """Every recipe: each exit alone, and how right max-prob and BEEM-A are at every budget; the mean over budgets and
     its paired difference to the recipe that the others differ from in one thing."""
     table, base = [], None
-    for name in (BEST, *(each for each in (*ABLATION, *JOINT) if each != BEST)):
+    for name in (BASE, *(each for each in (*ABLATION, *JOINT) if each != BASE)):
         got = cells(task, name, 0)
         progress()
         if got is None:
