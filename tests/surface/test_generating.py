@@ -177,6 +177,14 @@ def test_generate_and_caption_from_the_command_line(folders: dict[str, Path]) ->
     assert page.read_text().count("<img") == 3
 
 
+def test_what_a_bundle_holds(folders: dict[str, Path]) -> None:
+    told = json.loads(run.invoke(app, ["inspect", str(folders["texts"]), "--json"]).stdout)
+    assert (told["takes"], told["layers"], told["exits behind layers"]) == ("texts", LAYERS, [1, 3, 4])
+    assert (told["policy"], told["draft"]) == ("MaxProb", "3 tokens of exit 2")
+    shown = run.invoke(app, ["inspect", str(folders["captions"])]).stdout
+    assert "takes: images" in shown
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

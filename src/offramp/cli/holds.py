@@ -47,7 +47,10 @@ def holds(path: Path) -> dict[str, Any]:
 
 def _bundle(folder: Path) -> dict[str, Any]:
     from offramp.bundle import Bundle
+    from offramp.bundle.store import read_manifest
 
+    if read_manifest(folder).fields.get("generates"):
+        return _texts(folder)
     bundle = Bundle.load(folder)
     value: dict[str, Any] = {
         "title": bundle.title or "not told",
@@ -67,6 +70,26 @@ def _bundle(folder: Path) -> dict[str, Any]:
         "weights_mb": sum(file.stat().st_size for file in folder.iterdir()) / 1e6,
         **bundle.about,
         **_engines(bundle.model),
+    }
+
+
+def _texts(folder: Path) -> dict[str, Any]:
+    from offramp.generation import TokenBundle
+
+    bundle = TokenBundle.load(folder)
+    model, rule, draft = bundle.model, bundle.policy, bundle.draft
+    return {
+        "network": type(model.backbone).__name__,
+        "takes": "texts" if bundle.preprocess is None else "images",
+        "layers": model.decoder.layers,
+        "exits behind layers": [*(j + 1 for j in model.at), model.decoder.layers],
+        "heads": model.made["head"],
+        "vocabulary": model.classes,
+        "context": model.decoder.context,
+        "policy": "none" if rule is None else type(rule.policy).__name__,
+        "draft": "none" if draft is None else f"{draft.tokens} tokens of exit {draft.exit + 1}",
+        "weights_mb": sum(file.stat().st_size for file in folder.iterdir()) / 1e6,
+        **(bundle.about or {}),
     }
 
 
