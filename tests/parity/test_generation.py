@@ -300,6 +300,46 @@ def test_a_decoder_that_looks_at_an_image() -> None:
     assert len({exit_ for row in fast.exits for exit_ in row}) > 1
 
 
+def swin() -> Any:
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=4, num_labels=2
+    )
+    return transformers.SwinModel(config, add_pooling_layer=False)
+
+
+def deit() -> Any:
+    config = transformers.DeiTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=32, patch_size=8
+    )
+    return transformers.DeiTModel(config, add_pooling_layer=False)
+
+
+@pytest.mark.parametrize("encoder", [swin, deit])
+def test_encoders_that_are_wider_or_narrower(encoder: Callable[[], Any]) -> None:
+    """Swin and GPT-2, as BEEM's captioner has them, in small; exits learn through the encoder."""
+    torch.manual_seed(0)
+    network = transformers.VisionEncoderDecoderModel(encoder=encoder(), decoder=gpt2(add_cross_attention=True))
+    network = loud(network)
+    network.generation_config.decoder_start_token_id = network.config.decoder_start_token_id = 1
+    pixels = torch.randn(5, 3, 32, 32)
+    model = attach_tokens(network, at=(1, 3), head="full")
+    with torch.inference_mode():
+        encoded = model.encode(pixels)
+    assert encoded.shape[2] == 32
+    ours = generate(model, None, [[1]] * 5, max_new_tokens=10, encoded=encoded)
+    said = network.generate(pixels, max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert [list(row) for row in ours.tokens] == said[:, 1:].tolist()
+    policy = MaxProb(thresholds=(0.3, 0.3, 0.0))
+    fast = generate(model, policy, [[1]] * 5, max_new_tokens=10, encoded=encoded)
+    slow = generate_without_cache(model, policy, [[1]] * 5, max_new_tokens=10, encoded=encoded)
+    assert (fast.tokens, fast.exits) == (slow.tokens, slow.exits)
+    rows = TokenRows([[1, 5, 7, 2], [1, 9, 3]] * 4, images=torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8))
+    before = network.encoder.get_input_embeddings().projection.weight.clone()
+    report = train(model, rows, objective=Uniform(), recipe=Recipe(epochs=1, batch_size=4, lr=1e-3), progress=False)
+    assert report.loss > 0
+    assert not torch.equal(network.encoder.get_input_embeddings().projection.weight, before)
+
+
 def test_the_score_of_what_was_generated_is_that_of_its_own_exits(network: Any) -> None:
     model, given = attach_tokens(network, head="shared"), prompts(4, seed=3)
     given = [prompt[:2] * 2 for prompt in given]
