@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export TOKENIZERS_PARALLELISM ?= false
 
-PAPERS := experiments/beem experiments/beem-table experiments/beem-speed experiments/eenet-cifar10 experiments/eenet-sst2 experiments/eenet-ag_news
+PAPERS := experiments/beem experiments/beem-table experiments/beem-speed experiments/eenet-cifar10 experiments/eenet-sst2 experiments/eenet-ag_news experiments/scenes experiments/coco
 .PHONY: help quickstart sst2 test test-web bench lint format docs clean results $(PAPERS)
 
 help: ## list the targets
@@ -59,6 +59,12 @@ experiments/eenet-cifar10: $(VENV)/.dev ## train ResNet-56 with exits on CIFAR-1
 
 experiments/eenet-sst2 experiments/eenet-ag_news: experiments/eenet-%: $(VENV)/.dev
 	$(BIN)/python -m experiments.eenet.table $*
+
+experiments/scenes experiments/coco: experiments/%: $(VENV)/.dev ## train a decoder with token-level exits, hours, and judge policies (set OFFRAMP_DATA=DIR)
+	for variant in plain exits heads shallow-2 shallow-3 shallow-4 shallow-6; do \
+		$(BIN)/python -m experiments.tokens.train $* $$variant --data $(DATA) || exit 1; done
+	$(BIN)/python -m experiments.tokens.table $* exits --data $(DATA)
+	$(BIN)/python -m experiments.tokens.speed $* exits --data $(DATA)
 
 results: $(VENV)/.dev ## make the tables and pictures of docs/results.md from results/
 	$(BIN)/python -m experiments.render

@@ -33,7 +33,8 @@ RECIPES = {
     "taught-alternating": "last exit and all exits in turns (BERxiT)", "taught-equilibrium": "gradient equilibrium",
     "taught-detached": "exits' gradients stay in their heads", "taught-layer-decay": "earlier layers learn more slowly",
     "taught-attention": "attention heads", "taught-pooler": "a projection in every head",
-    "taught-longer": "twice as long", "depth": "jointly from the start, depth weights (PABEE, BEEM)",
+    "taught-self-pooler": "taught by the last exit, a projection in every head", "taught-longer": "twice as long",
+    "depth": "jointly from the start, depth weights (PABEE, BEEM)",
     "longer": "the same, for as long as the base in all",
     "plain-first": "fine-tuned, then taught by the last exit, in one run",
     "heads-after": "heads alone on the frozen network (DeeBERT)",
@@ -151,7 +152,7 @@ def recipes(_: str) -> list[str]:
         cells = []
         for rows in found.values():
             row = rows.get(variant)
-            cells.append("" if row is None else percent(row["mean"]) if variant == table["best"]
+            cells.append("" if row is None else percent(row["mean"]) if variant == "taught"
                          else f"{percent(row['mean'])}, {points(row['less_base'])}")  # fmt: skip
         if any(cells):
             lines.append([text, *cells])
@@ -202,6 +203,67 @@ def speed(name: str) -> list[str]:
     return [f"{found['fields']['machine']}; ONNX Runtime.", "", *grid(head, rows)]
 
 
+TEXTS = {"scenes": "scenes", "coco": "COCO's captions as text"}
+KINDS = {"max-prob": "max-prob", "calm": "CALM (margin, thresholds that fall)", "patience": "patience (PABEE)",
+         "beem-a": "BEEM-A"}  # fmt: skip
+
+
+def lost(row: dict[str, Any]) -> str:
+    return f"{100 * row['drop']:+.1f} % ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+
+
+def tokens(name: str) -> list[str]:
+    """Policies for tokens on the same exits, at the same budgets."""
+    found = loaded("tokens", f"{name}.json")
+    if not found:
+        return NOTHING
+    coco = found["task"] == "coco"
+    what = "perplexity" if coco else "CIDEr"
+    right = " ".join(percent(each) for each in found["token_accuracy"])
+    by: dict[str, list[str]] = {}
+    for row in found["rows"]:
+        cell = "none" if "why" in row else f"{row['worth']:.2f} at {row['cost']:.2f}, {lost(row)}"
+        by.setdefault(row["family"], []).append(cell)
+    budgets = list(dict.fromkeys(f"{100 * row['budget']:.0f} %" for row in found["rows"]))
+    return [
+        f"{found['texts']} {TEXTS[found['task']]}; the whole decoder's {what} is {found['whole']:.2f}. The exits say "
+        f"the next token of calibration texts right at {right}. Each cell: {what} at the cost spent, and what was "
+        f"{'added' if coco else 'lost'}.",
+        "", *grid(["policy", *budgets], [[KINDS[family], *cells] for family, cells in by.items()]),
+    ]  # fmt: skip
+
+
+def token_speed(name: str) -> list[str]:
+    """Measured tokens a second of certified policies, shallower decoders, forced exits and checked drafts."""
+    found = loaded("tokens", f"speed-{name}.json")
+    if not found:
+        return NOTHING
+    rows, what = [], "perplexity" if found["task"] == "coco" else "CIDEr"
+    told = {"plain": {"worth": found["whole"]}, **{each["family"]: each for each in found["policies"]},
+            **found["shallow"]}  # fmt: skip
+    for who, each in told.items():
+        cells = [found["batches"][size].get(who) for size in ("1", "8")]
+        kept = [f"{cell['kept']:.2f}" if cell and "kept" in cell else "" for cell in cells]
+        rows.append([
+            {"plain": f"whole decoder, {what}", **KINDS}.get(who, who.replace("shallow-", "a decoder of ")
+                                                              + (" layers alone" if "shallow" in who else "")),
+            f"{each['worth']:.2f}" if "worth" in each else "none certified",
+            lost(each) if "drop" in each else "",
+            *(f"{cell['tokens_per_s']:.0f}/s, **{cell['speedup']:.2f}x**" if cell else "" for cell in cells), *kept,
+        ])  # fmt: skip
+    head = ["", what, "lost", "batch 1", "batch 8", "kept of what stages allow, 1", "8"]
+    forced = [[str(each["layer"]), f"{each['speedup']:.2f}x", f"{each['kept']:.2f}"] for each in found["forced"]]
+    draft = found["lossless"]
+    same = f"{draft['same']} of {draft['texts']} texts are the whole decoder's"
+    pays = "" if draft["pays"] else ", so it does not pay"
+    return [
+        f"{found['machine']}.", "", *grid(head, rows), "",
+        *grid(["every token leaves behind layer", "measured", "of the ideal, its head included"], forced), "",
+        f"Lossless: drafts of exit {draft['draft'][0] + 1}, {draft['draft'][1]} tokens: {same}, "
+        f"{draft['speedup']:.2f}x{pays}.",
+    ]  # fmt: skip
+
+
 def times(_: str) -> list[str]:
     """How long the trainings took, by task."""
     rows, tasks = [], dict[str, list[dict[str, Any]]]()
@@ -219,7 +281,7 @@ def times(_: str) -> list[str]:
 
 BLOCKS: dict[str, Callable[[str], list[str]]] = {
     "networks": networks, "beem": beem, "budgets": budgets, "recipes": recipes, "eenet": eenet, "speed": speed,
-    "times": times,
+    "times": times, "tokens": tokens, "tokenspeed": token_speed,
 }  # fmt: skip
 
 

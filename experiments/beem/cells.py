@@ -101,6 +101,7 @@ VARIANTS: dict[str, Variant] = {
     "taught-layer-decay": _taught(Distill(), layer_decay=0.85),
     "taught-attention": _taught(Distill(), head=TokenHead("attention")),
     "taught-pooler": _taught(Distill(), head=TokenHead("mean", pooler="own")),
+    "taught-self-pooler": _taught(SelfDistill(), head=TokenHead("mean", pooler="own")),
     "taught-longer": _taught(Distill(), epochs=1.0),
 }
 
