@@ -118,7 +118,7 @@ def promised_by_stages(setting: Setting, rule: TokenPolicy, costs: CostModel, si
     """The speed-up that the measured stages allow, at the sizes that reach each of them at each step."""
     plain = early = 0.0
     for said in setting.writer(rule, "test", count, size)():
-        for t in range(1, max(map(len, said.exits))):
+        for t in range(max(map(len, said.exits))):
             left = [0] * setting.model.exits
             for row in said.exits:
                 if t < len(row):

@@ -47,11 +47,11 @@ def rule_of(family: str, trace: ExitTrace, costs: CostModel, budget: float) -> T
 
 
 def spent(costs: CostModel, exits: Sequence[Sequence[int]], rule: TokenPolicy | None, count: int) -> float:
-    """What a token cost, as a share of the plain decoder's, the first of each text aside."""
+    """What a token cost, as a share of the plain decoder's."""
     visited = rule.visited(count) if rule is not None else (count - 1,)
     total = []
     for row in exits:
-        for k in row[1:]:
+        for k in row:
             asked = [v for v in visited if v <= k and v < count - 1]
             total.append(sum(costs.stage[: k + 1]) + sum(costs.head[v] for v in asked))
     return sum(total) / max(1, len(total))
@@ -132,7 +132,7 @@ def table(
                 rows.append({"family": family, "budget": budget, "why": str(error)})
                 continue
             found, exits = judge(rule)
-            left = torch.bincount(torch.tensor([k for row in exits for k in row[1:]]), minlength=model.exits)
+            left = torch.bincount(torch.tensor([k for row in exits for k in row]), minlength=model.exits)
             rows.append({
                 "family": family, "budget": budget, "cost": spent(costs, exits, rule, model.exits),
                 "worth": worth(task, found), **drop(task, whole, found), "left": (left / left.sum()).tolist(),

@@ -96,11 +96,8 @@ def beams_without_cache(model: Any, policy: Any, prompt: list[int], beams: int, 
         for token in range(new):
             found = []
             for total, tokens, exits in live:
-                left = [LAYERS - 1] * len(prompt) + [ends[k] for k in exits[1:]]
-                said, exit_, _ = _whole(
-                    model, [*prompt, *tokens], [*left, LAYERS - 1][: len(prompt) + token], rule if token else None,
-                    None, token, new,
-                )  # fmt: skip
+                left = [LAYERS - 1] * (len(prompt) - 1) + [ends[k] for k in exits] + [LAYERS - 1]
+                said, exit_, _ = _whole(model, [*prompt, *tokens], left, rule, None, token, new)
                 logs = said.log_softmax(-1)
                 found += [(total + float(x), (*tokens, i), (*exits, exit_)) for i, x in enumerate(logs)]
             live = sorted(found, key=lambda each: -each[0])[:beams]

@@ -25,7 +25,7 @@ class Generated:
 
     Args:
         tokens: the new tokens of every row, its end token included where it came.
-        exits: the exit that each of them left at, 0-based; the first new token comes from the whole decoder.
+        exits: the exit that each of them left at, 0-based.
     """
 
     tokens: tuple[tuple[int, ...], ...]
@@ -175,7 +175,7 @@ class Run:
         self.model, self.decoder, self.new = model, model.decoder, new
         self.device = next(model.parameters()).device
         self.cache = TokenCache(self.decoder, len(lengths), max(lengths) + new, at_once=at_once)
-        self.lengths, self.made = list(lengths), 0
+        self.lengths, self.made = [0] * len(lengths), 0  # tokens in the cache, new tokens
         self.memory = None if encoded is None else self.decoder.memory(encoded)
         self.leave_by(rule)
         self.policy: Policy | None = None  # of the step that is under way
@@ -194,7 +194,7 @@ class Run:
         rows = list(range(len(prompts)))
         tokens: list[list[int]] = [[] for _ in rows]
         exits: list[list[int]] = [[] for _ in rows]
-        logits, left = self.read(prompts), [self.model.exits - 1] * len(rows)
+        logits, left = self.begin(prompts)
         while True:
             for row, token, exit_ in zip(rows, pick(rows, logits), left, strict=True):
                 tokens[row].append(token)
@@ -206,21 +206,36 @@ class Run:
                 return Generated(tuple(map(tuple, tokens)), tuple(map(tuple, exits)))
             logits, left = self.step(rows, [tokens[row][-1] for row in rows])
 
+    def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "row token"], list[int]]:
+        """(logits, exits) of the first new token. The whole decoder reads the prompts but their last tokens, behind
+        which the first new ones may leave; without exits it reads them in one pass."""
+        if self.rule is None:
+            return self.read(prompts), [self.model.exits - 1] * len(prompts)
+        if any(len(prompt) > 1 for prompt in prompts):
+            self._pass([prompt[:-1] for prompt in prompts])
+        return self.step(list(range(len(prompts))), [prompt[-1] for prompt in prompts])
+
     def read(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "row token"]:
         """The logits behind every prompt, read by the whole decoder."""
+        hidden = self._pass(prompts)
+        last = torch.tensor(self.lengths, device=self.device) - 1
+        return self.model.said(self.model.exits - 1, hidden[torch.arange(len(prompts), device=self.device), last])
+
+    def _pass(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "row new dim"]:
+        """The hidden states behind the last layer; the prompts are in the cache, and padding behind them is not."""
+        self.lengths = [len(prompt) for prompt in prompts]
         longest = max(self.lengths)
         ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self.device)
         positions = torch.arange(longest, device=self.device).expand(len(prompts), longest)
         hidden, store = self.decoder.embed(ids, positions), self.cache.prompts(self.lengths)
         for j in range(self.decoder.layers):
             hidden = self.decoder.layer(j, hidden, positions, store, self.memory)
-        last = torch.tensor(self.lengths, device=self.device) - 1
-        return self.model.said(self.model.exits - 1, hidden[torch.arange(len(prompts), device=self.device), last])
+        return hidden
 
     def step(self, rows: list[int], tokens: list[int]) -> tuple[Tensor, list[int]]:
         """(logits, exits) of the token behind these, which are put into the cache: one for each of these rows."""
-        self.made += 1
         self.policy = None if self.rule is None else self.rule.at(self.made, self.new)
+        self.made += 1
         positions = [self.lengths[row] for row in rows]
         for row in rows:
             self.lengths[row] += 1

@@ -63,7 +63,7 @@ class Tried:
     Args:
         loss: the mean.
         p: the p-value of "the mean loss on new texts is above epsilon".
-        depth: mean exit of its tokens, 0-based, without each text's first, which comes from the whole decoder.
+        depth: mean exit of its tokens, 0-based.
     """
 
     policy: TokenPolicy
@@ -155,7 +155,7 @@ def _tried(
     """(what a policy did, its losses)."""
     losses = _checked(loss(whole.tokens, early.tokens), len(order))
     p = float(betting_p(losses[order], loss.epsilon, delta, least=loss.least))
-    exits = [exit_ for row in early.exits for exit_ in row[1:]]
+    exits = [exit_ for row in early.exits for exit_ in row]
     return Tried(rule, float(losses.mean()), p, sum(exits) / max(1, len(exits))), losses
 
 

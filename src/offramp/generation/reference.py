@@ -37,20 +37,15 @@ def generate_without_cache(
 def _row(
     model: TokenExits, rule: TokenPolicy | None, ids: list[int], new: int, end: int | None, encoded: Tensor | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    decoder, last = model.decoder, model.exits - 1
-    prompt = len(ids)
+    decoder, prompt = model.decoder, len(ids)
     left = [decoder.layers - 1] * prompt  # behind which layer each token left
-    exits = [last]
+    exits: list[int] = []
     while True:
-        logits, exit_, layer = _whole(
-            model, ids, left, rule if len(ids) > prompt else None, encoded, len(ids) - prompt, new
-        )
-        if len(ids) > prompt:
-            left[-1] = layer
-            exits.append(exit_)
+        logits, exit_, left[-1] = _whole(model, ids, left, rule, encoded, len(exits), new)
+        exits.append(exit_)
         ids.append(int(logits.argmax()))
         left.append(decoder.layers - 1)
-        if len(ids) - prompt == new or ids[-1] == end:
+        if len(exits) == new or ids[-1] == end:
             return tuple(ids[prompt:]), tuple(exits)
 
 

@@ -123,7 +123,7 @@ def _made(model: TokenExits, run: Run) -> Any:
             if not self.left:
                 seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
                 rows = [ids[flags.bool()].tolist() for ids, flags in zip(input_ids, seen, strict=True)]
-                logits, left = self.run.read(rows), [model.exits - 1] * len(rows)
+                logits, left = self.run.begin(rows)
             else:
                 logits, left = self.run.step(list(range(len(input_ids))), input_ids[:, -1].tolist())
             self.left.append(left)
