@@ -1,4 +1,4 @@
-"""EENet's table: policies on the same exits at about 75, 62 and 50 % of the full cost, in FLOPs and, where a cost model
+"""EENet's table: policies on the same exits at about 75, 70, 62 and 50 % of the full cost, in FLOPs and, where a cost model
 was timed, in milliseconds; halves of the rows that training never saw, swapped, five times. Writes
 results/eenet/NAME.json.
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experiments.beem.run import BEST
 from experiments.judge import Cells, alone, answers, difference, told
 
 from offramp import Budget, CostModel, ExitTrace
@@ -24,7 +25,7 @@ from offramp.meter import Meter
 from offramp.pools import halves
 
 FAMILIES = ("eenet", "entropy", "msdnet", "patience", "beem-c", "beem-a", "max-prob", "stopping")
-BUDGETS = (0.75, 0.62, 0.5)
+BUDGETS = (0.75, 0.7, 0.62, 0.5)
 REPEATS = 5
 RESULTS = Path("results/eenet")
 #: The exits of each table, by place; the last one is always among them.
@@ -46,12 +47,11 @@ def source(name: str) -> tuple[ExitTrace, CostModel, dict[str, Any]]:
         trace = ExitTrace.load(RESULTS / f"{made[0]}.safetensors")
         return trace, CostModel.load(costs), read_json(RESULTS / f"{made[0]}.json")
     cells = Cells()
-    variant = next((v for v in (f"{name}-full-taught-0", f"{name}-taught-0") if v in cells.told), None)
-    if variant is None:
+    task = next((task for task in (f"{name}-full", name) if f"{task}-{BEST}-0" in cells.told), None)
+    got = None if task is None else cells(task, BEST, 0)
+    if task is None or got is None:
         raise SystemExit(f"{name} is not trained yet: python -m experiments.beem.run --data DIR --only {name}")
-    task, kind, seed = variant.rsplit("-", 2)
-    got = cells(task, kind, int(seed))
-    return got[0], CostModel.load(timed) if timed.exists() else got[1], cells.told[variant]  # type: ignore[index]
+    return got[0], CostModel.load(timed) if timed.exists() else got[1], cells.told[f"{task}-{BEST}-0"]
 
 
 def only(trace: ExitTrace, costs: CostModel, exits: Sequence[int]) -> tuple[ExitTrace, CostModel]:
