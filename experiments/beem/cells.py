@@ -196,7 +196,9 @@ def _begin_with(model: Any, folder: Path) -> None:
 
 def _weights(model: Any, folder: Path) -> str:
     """The checksum of the weights, which are kept beside the trace."""
-    tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(model)}
+    tensors = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in named_tensors(model)
+    }
     path = write_atomically(folder / "model.safetensors", lambda partial: save_file(tensors, partial))
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -1,5 +1,5 @@
-"""EENet's table: policies on the same exits at about 75, 70, 62 and 50 % of the full cost, in FLOPs and, where a cost model
-was timed, in milliseconds; halves of the rows that training never saw, swapped, five times. Writes
+"""EENet's table: policies on the same exits at about 75, 70, 62 and 50 % of the full cost, in FLOPs and, where a cost
+model was timed, in milliseconds; halves of the rows that training never saw, swapped, five times. Writes
 results/eenet/NAME.json.
 
     python -m experiments.eenet.table cifar10           # from results/eenet/basic-0.safetensors

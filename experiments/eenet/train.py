@@ -84,7 +84,9 @@ def main() -> None:
     if options.dry_run:
         return
     report = train(model, rows, objective=EENetLoss(), recipe=recipe, checkpoint=folder / "checkpoint")
-    tensors = {name: tensor.detach().clone() for name, tensor in named_tensors(model)}
+    tensors = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in named_tensors(model)
+    }
     write_atomically(folder / "model.safetensors", lambda path: save_file(tensors, path))
     trace = record(model, test, batch_size=250)
     trace.save(folder / "trace.safetensors", half=True)
