@@ -181,7 +181,7 @@ def test_products_of_rows(bias):
         np.testing.assert_allclose(Chain(made)(part(x, [row]))[:, 0], found[:, row], rtol=1e-5, atol=1e-6)
     batch = Chain(quantized(plain, "int8-batch"))(x)
     nothing = Chain(plain)({"input": torch.zeros(1, 80)})[:, 0]
-    told = np.abs(expected[:, 0] - nothing).max()  # what the least row says; the largest one's scale leaves nothing of it
+    told = np.abs(expected[:, 0] - nothing).max()  # by the least row; the largest one's scale leaves nothing
     assert np.abs(batch - expected)[:, 0].max() > 0.5 * told
 
 
