@@ -203,7 +203,7 @@ def speed(name: str) -> list[str]:
     return [f"{found['fields']['machine']}; ONNX Runtime.", "", *grid(head, rows)]
 
 
-TEXTS = {"scenes": "scenes", "coco": "COCO's captions as text"}
+TEXTS = {"scenes": "scenes", "coco": "captions of COCO"}
 KINDS = {"max-prob": "max-prob", "calm": "CALM (margin, thresholds that fall)", "patience": "patience (PABEE)",
          "beem-a": "BEEM-A"}  # fmt: skip
 

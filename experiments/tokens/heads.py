@@ -7,14 +7,12 @@ Then max-prob is calibrated to 60 % of the plain decoder's measured time for a t
 judged on the test texts. With gates, an exit's vocabulary is looked at only where a gate says that it pays.
 """
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 from experiments.tokens.networks import rows_of, tokenizer_of
 from experiments.tokens.table import Judge, drop, spent, worth
-from experiments.tokens.train import model_of
+from experiments.tokens.train import model_of, parser_of
 
 from offramp import Budget, CostModel, MaxProb, Recipe, SelfDistill, calibrate, train
 from offramp.artefacts import write_json
@@ -46,13 +44,7 @@ def judged(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("runs/tokens"))
-    parser.add_argument("--out", type=Path, default=Path("results/tokens"))
-    parser.add_argument("--limit", type=int, default=None)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options = parser_of(__doc__).parse_args()
     torch.set_num_threads(options.threads)
     cache = options.runs / "cache"
     splits = {split: rows_of("coco", split, options.data, cache, limit=options.limit)

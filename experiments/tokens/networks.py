@@ -30,7 +30,7 @@ class Rows:
     """One split.
 
     Args:
-        rows: a text each: for training one caption of every scene and epoch, elsewhere the first.
+        rows: a text each: for training the first two captions of every scene, elsewhere the first.
         references: all captions of each scene, for scores; of COCO, the text itself.
         images: of scenes.
     """
@@ -92,7 +92,7 @@ def rows_of(task: str, split: str, data: Path, cache: Path, *, limit: int | None
         return Rows(TokenRows([ids(text) for text in texts], pad=end), [[text] for text in texts])
     made = scenes(split, data, limit)
     encoded = _encoded(made.images, data, cache / f"scenes-{split}-{len(made.images)}.safetensors")
-    if split == "train":  # every caption of every scene; an epoch sees them all
+    if split == "train":
         texts = [(text, i) for i, said in enumerate(made.captions) for text in said[:2]]
     else:
         texts = [(said[0], i) for i, said in enumerate(made.captions)]

@@ -1,6 +1,6 @@
 """Scenes of CIFAR-10 photographs in a grid, with captions that name objects and say where they are.
 
-    python -m experiments.tokens.scenes --data DIR --out /tmp/scenes --count 8      # look at some
+    python -m experiments.tokens.scenes --data DIR --out scenes --count 8      # look at some
 
 Two to four photographs of different classes lie in a grid of 2 x 2; captions begin with the first of them in reading
 order and say how it lies to the others. Nouns are hard, words between them easy.

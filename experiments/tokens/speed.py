@@ -9,15 +9,14 @@ the calibration trace, that keeps a promise on the certify texts: scenes at most
 interval over texts. What it loses is told for the test texts.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from experiments.tokens.networks import TASKS, rows_of, tokenizer_of
+from experiments.tokens.networks import rows_of, tokenizer_of
 from experiments.tokens.table import NEW, Judge, drop, rule_of, spent, worth
-from experiments.tokens.train import VARIANTS, folder_of, model_of
+from experiments.tokens.train import WITH_EXITS, folder_of, model_of, parser_of
 
 from offramp import CostModel, ExitTrace
 from offramp.artefacts import write_json
@@ -217,17 +216,9 @@ def speeds(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("variant", choices=[name for name in VARIANTS if not name.startswith("shallow")])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("runs/tokens"))
-    parser.add_argument("--out", type=Path, default=Path("results/tokens"))
-    parser.add_argument("--limit", type=int, default=None)
+    parser = parser_of(__doc__, variants=WITH_EXITS, threads=1)
     parser.add_argument("--seconds", type=float, default=60.0, help="about so long for each group of contenders")
     parser.add_argument("--count", type=int, default=16, help="batches that a contender generates in a turn")
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     found = speeds(

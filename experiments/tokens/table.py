@@ -7,7 +7,6 @@ scores COCO's test texts) under the keys and values that its own exits leave beh
 are paired over texts.
 """
 
-import argparse
 import math
 import time
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiments.tokens.networks import TASKS, Rows, rows_of, tokenizer_of
-from experiments.tokens.train import VARIANTS, model_of
+from experiments.tokens.networks import Rows, rows_of, tokenizer_of
+from experiments.tokens.train import WITH_EXITS, model_of, parser_of
 from torch import Tensor
 
 from offramp import BEEM, Budget, CostModel, ExitTrace, Margin, MaxProb, Patience, calibrate
@@ -151,16 +150,7 @@ def table(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("variant", choices=[name for name in VARIANTS if not name.startswith("shallow")])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("runs/tokens"))
-    parser.add_argument("--out", type=Path, default=Path("results/tokens"))
-    parser.add_argument("--limit", type=int, default=None)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options = parser_of(__doc__, variants=WITH_EXITS).parse_args()
     torch.set_num_threads(options.threads)
     found = table(options.task, options.variant, options.data, options.runs, seed=options.seed, limit=options.limit)
     options.out.mkdir(parents=True, exist_ok=True)

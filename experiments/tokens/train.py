@@ -10,6 +10,7 @@ Writes runs/tokens/TASK-VARIANT-SEED/{model.safetensors,cell.json}. Given again 
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from offramp.meter import duration
 EPOCHS = {("scenes", "plain"): 3, ("scenes", "exits"): 2, ("scenes", "heads"): 1,
           ("coco", "plain"): 6, ("coco", "exits"): 3, ("coco", "heads"): 2}  # fmt: skip
 VARIANTS = ("plain", "exits", "heads", "shallow-2", "shallow-3", "shallow-4", "shallow-6")
+WITH_EXITS = ("plain", "exits", "heads")
 AFTER = {"exits": "plain", "heads": "plain"}
 
 
@@ -81,16 +83,23 @@ def cell(task: str, variant: str, seed: int, data: Path, runs: Path, *, limit: i
     return value
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("variant", choices=VARIANTS)
-    parser.add_argument("--seed", type=int, default=0)
+def parser_of(text: str | None, *, variants: Sequence[str] = (), threads: int = 2) -> argparse.ArgumentParser:
+    """What these scripts are asked in common; with variants, also the task and one of them."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if variants:
+        parser.add_argument("task", choices=TASKS)
+        parser.add_argument("variant", choices=variants)
+        parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/tokens"))
+    parser.add_argument("--out", type=Path, default=Path("results/tokens"))
     parser.add_argument("--limit", type=int, default=None, help="scenes, or images with captions: to try it out")
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    parser.add_argument("--threads", type=int, default=threads)
+    return parser
+
+
+def main() -> None:
+    options = parser_of(__doc__, variants=VARIANTS).parse_args()
     torch.set_num_threads(options.threads)
     value = cell(options.task, options.variant, options.seed, options.data, options.runs, limit=options.limit)
     right = " ".join(f"{100 * each:.1f}" for each in value["token_accuracy"])

@@ -116,7 +116,7 @@ class TokenBundle:
         manifest = read_manifest(folder)
         fields = manifest.fields
         if not fields.get("generates"):
-            raise FormatError(f"{folder} is a bundle of a classifier; use `offramp run`, or Bundle.load.")
+            raise FormatError(f"{folder} is a bundle of a classifier; use `offramp predict`, or Bundle.load.")
         try:
             import transformers
         except ImportError:

@@ -67,7 +67,7 @@ class ShortlistHead(nn.Module):
     later exits under any policy that asks for confidence.
 
     Args:
-        tokens: that it can say, such as `TokenRows.frequent`.
+        tokens: that it can say, such as those that are said most often.
     """
 
     tokens: Tensor
