@@ -312,7 +312,7 @@ def drawn() -> list[Path]:
         axes.set_xlabel("counted cost, % of the plain network (heads included)")
         axes.set_ylabel(f"{metric}, %")
         axes.set_title(f"{TASKS[each['task']]}: rows that neither training nor calibration saw", fontsize=9)
-        axes.legend(fontsize=6, ncols=2)
+        figure.legend(fontsize=6, loc="outside right upper")  # beside the curves, not over them
         axes.grid(alpha=0.25)
         PICTURES.mkdir(parents=True, exist_ok=True)
         path = PICTURES / f"{each['task']}.svg"
