@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export TOKENIZERS_PARALLELISM ?= false
 
-PAPERS := experiments/beem experiments/beem-table experiments/beem-speed experiments/eenet-cifar10 experiments/eenet-sst2 experiments/eenet-ag_news experiments/scenes experiments/coco
+PAPERS := experiments/beem experiments/beem-table experiments/beem-speed experiments/eenet-cifar10 experiments/eenet-sst2 experiments/eenet-ag_news experiments/scenes experiments/flickr8k experiments/coco experiments/heads
 .PHONY: help quickstart sst2 test test-web bench lint format docs clean results $(PAPERS)
 
 help: ## list the targets
@@ -54,7 +54,8 @@ experiments/beem-speed: $(VENV)/.dev ## measure the speed of the trained exits o
 	$(BIN)/python -m experiments.beem.speed sst2 --data $(DATA) $(ARGS)
 
 experiments/eenet-cifar10: $(VENV)/.dev ## train ResNet-56 with exits on CIFAR-10, hours, and judge policies (set OFFRAMP_DATA=DIR)
-	$(BIN)/python -m experiments.eenet.train basic --data $(DATA) $(ARGS)
+	for network in basic tuned; do $(BIN)/python -m experiments.eenet.train $$network --data $(DATA) $(ARGS) || exit 1; done
+	$(BIN)/python -m experiments.eenet.timed cifar10 --data $(DATA)
 	$(BIN)/python -m experiments.eenet.table cifar10
 
 experiments/eenet-sst2 experiments/eenet-ag_news: experiments/eenet-%: $(VENV)/.dev
@@ -65,6 +66,14 @@ experiments/scenes experiments/coco: experiments/%: $(VENV)/.dev ## train a deco
 		$(BIN)/python -m experiments.tokens.train $* $$variant --data $(DATA) || exit 1; done
 	$(BIN)/python -m experiments.tokens.table $* exits --data $(DATA)
 	$(BIN)/python -m experiments.tokens.speed $* exits --data $(DATA)
+
+experiments/flickr8k: $(VENV)/.dev ## the same on photographs of Flickr8k, half an hour (set OFFRAMP_DATA=DIR)
+	for variant in plain exits heads; do \
+		$(BIN)/python -m experiments.tokens.train flickr8k $$variant --data $(DATA) || exit 1; done
+	$(BIN)/python -m experiments.tokens.table flickr8k exits --data $(DATA)
+
+experiments/heads: experiments/coco ## kinds of vocabulary heads on that decoder, half an hour
+	$(BIN)/python -m experiments.tokens.heads --data $(DATA)
 
 results: $(VENV)/.dev ## make the tables and pictures of docs/results.md from results/
 	$(BIN)/python -m experiments.render

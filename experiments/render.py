@@ -188,22 +188,23 @@ def speed(name: str) -> list[str]:
     found, beside = loaded("beem", f"speed-{name}.json"), loaded("beem", f"beside-{name}.json")
     if not found or not beside:
         return NOTHING
-    cells: dict[str, dict[int, Any]] = {}
-    for cell in found["fields"]["cells"]:
-        cells.setdefault(cell["policy"], {})[cell["batch_size"]] = cell
-    sizes = sorted({size for each in cells.values() for size in each})
+    cells: dict[str, dict[str, Any]] = {}
+    for how, told in (("", found), (", one file", loaded("beem", f"speed-{name}-file.json"))):
+        for cell in told["fields"]["cells"] if told else ():
+            cells.setdefault(cell["policy"], {})[f"batch {cell['batch_size']}{how}"] = cell
+    ways = sorted({way for each in cells.values() for way in each}, key=lambda way: ("file" in way, way))
     rows = []
     for each in beside["policies"]:
         mine = cells.get(each["policy"], {})
-        live = [f"**{mine[size]['speedup']:.2f}x**" if size in mine else "" for size in sizes]
-        right = [percent(mine[size]["accuracy"]["value"]) for size in sizes if size in mine]
+        live = [f"**{mine[way]['speedup']:.2f}x**" if way in mine else "" for way in ways]
+        right = [percent(mine[way]["accuracy"]["value"]) for way in ways if way in mine]
         rows.append([each["policy"], f"{each['counted']:.2f}x", *live, " ".join(dict.fromkeys(right)),
                      points(each["less_plain"])])  # fmt: skip
-    head = ["policy", "counted", *(f"measured, batch {size}" for size in sizes), "accuracy, live", "less plain"]
+    head = ["policy", "counted", *(f"measured, {way}" for way in ways), "accuracy, live", "less plain"]
     return [f"{found['fields']['machine']}; ONNX Runtime.", "", *grid(head, rows)]
 
 
-TEXTS = {"scenes": "scenes", "coco": "captions of COCO"}
+TEXTS = {"scenes": "scenes", "coco": "captions of COCO", "flickr8k": "photographs"}
 KINDS = {"max-prob": "max-prob", "calm": "CALM (margin, thresholds that fall)", "patience": "patience (PABEE)",
          "beem-a": "BEEM-A"}  # fmt: skip
 
@@ -230,7 +231,39 @@ def tokens(name: str) -> list[str]:
         f"the next token of calibration texts right at {right}. Each cell: {what} at the cost spent, and what was "
         f"{'added' if coco else 'lost'}.",
         "", *grid(["policy", *budgets], [[KINDS[family], *cells] for family, cells in by.items()]),
+        *scored(found),
     ]  # fmt: skip
+
+
+def scored(found: dict[str, Any]) -> list[str]:
+    """All scores of the whole decoder, and of the policies at three fifths, where more than the usual were taken."""
+    names = list(found["whole_scores"])
+    if "BLEU-1" not in names:
+        return []
+    rows = [("whole decoder", found["whole_scores"])]
+    rows += [(f"{KINDS[row['family']]}, 60 %", row["scores"]) for row in found["rows"]
+             if row["budget"] == 0.6 and "scores" in row]  # fmt: skip
+    table = [[who, *(f"{each[name]:.2f}" if name == "CIDEr" else percent(each[name]) for name in names)]
+             for who, each in rows]  # fmt: skip
+    return ["", *grid(["", *names], table)]
+
+
+def heads(name: str) -> list[str]:
+    """Kinds of vocabulary heads on the same decoder."""
+    found = loaded("tokens", f"heads-{name}.json")
+    if not found:
+        return NOTHING
+    rows = []
+    for row in found["rows"]:
+        for who, each in ((row["kind"], row), (f"{row['kind']}, with gates", row.get("gated"))):
+            if each:
+                rows.append([
+                    who, f"{row['weights'] / 1e6:.2f} M", f"{sum(row['head_ms']) / len(row['head_ms']):.2f} ms",
+                    percent(row["token_accuracy"][2]), f"{each['worth']:.2f}", lost(each), f"{each['cost']:.2f}",
+                ])  # fmt: skip
+    plain = found["rows"][0]["plain_ms"]
+    head = ["heads", "weights", "an exit asked", "third exit right", "perplexity", "added", "counted cost"]
+    return [f"{found['machine']}; a token of the whole decoder takes {plain:.2f} ms.", "", *grid(head, rows)]
 
 
 def token_speed(name: str) -> list[str]:
@@ -239,14 +272,16 @@ def token_speed(name: str) -> list[str]:
     if not found:
         return NOTHING
     rows, what = [], "perplexity" if found["task"] == "coco" else "CIDEr"
-    told = {"plain": {"worth": found["whole"]}, **{each["family"]: each for each in found["policies"]},
+    whole = {"worth": found["whole"]}
+    names = {"plain": "whole decoder", "transformers": "whole decoder, transformers' `generate`", **KINDS,
+             **{who: f"{who.removeprefix('shallow-')} layers alone" for who in found["shallow"]}}  # fmt: skip
+    told = {"plain": whole, "transformers": whole, **{each["family"]: each for each in found["policies"]},
             **found["shallow"]}  # fmt: skip
     for who, each in told.items():
         cells = [found["batches"][size].get(who) for size in ("1", "8")]
         kept = [f"{cell['kept']:.2f}" if cell and "kept" in cell else "" for cell in cells]
         rows.append([
-            {"plain": f"whole decoder, {what}", **KINDS}.get(who, who.replace("shallow-", "a decoder of ")
-                                                              + (" layers alone" if "shallow" in who else "")),
+            names[who],
             f"{each['worth']:.2f}" if "worth" in each else "none certified",
             lost(each) if "drop" in each else "",
             *(f"{cell['tokens_per_s']:.0f}/s, **{cell['speedup']:.2f}x**" if cell else "" for cell in cells), *kept,
@@ -281,7 +316,7 @@ def times(_: str) -> list[str]:
 
 BLOCKS: dict[str, Callable[[str], list[str]]] = {
     "networks": networks, "beem": beem, "budgets": budgets, "recipes": recipes, "eenet": eenet, "speed": speed,
-    "times": times, "tokens": tokens, "tokenspeed": token_speed,
+    "times": times, "tokens": tokens, "tokenspeed": token_speed, "heads": heads,
 }  # fmt: skip
 
 

@@ -4,7 +4,8 @@
 
 Policies are calibrated on one half of the held-out rows and run live on the other, in ONNX Runtime at batch 1 and 32,
 against the same network without exits in ONNX Runtime: to half and to 42 % of the FLOPs, and to at most 0.3 points
-under plain on the calibration rows. Writes results/beem/speed-TASK.json, cell by cell; given again, it goes on.
+under plain on the calibration rows. All in a session for each stage, the policies that lead also in one file with
+everything in it. Writes results/beem/speed-TASK.json and speed-TASK-file.json, cell by cell; given again, it goes on.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from offramp.sweep import Sweep
 
 MARGIN = 0.003
 FAMILIES = ("max-prob", "ztw", "beem-a", "stopping")
+IN_ONE_FILE = ("max-prob", "stopping")
 
 
 def calibrated(task: str, seed: int, out: Path) -> None:
@@ -80,7 +82,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/beem"))
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each of 24 cells")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each of 36 cells")
     options = parser.parse_args()
     out = Path("results/beem") / f"speed-{options.task}.json"
     beside = out.with_name(f"beside-{options.task}.json")
@@ -90,10 +92,13 @@ def main() -> None:
                  "runs": str(options.runs.resolve()), "policies": str(beside.resolve())}  # fmt: skip
     opener = Opener("experiments.beem.speed:subject", arguments)
     names = tuple(each["policy"] for each in read_json(beside)["policies"])
-    plan = Plan(engines=("onnx",), batch_sizes=(1, 32), policies=names, seconds=options.seconds, threads=1)
-    found = bench(opener(), plan, opener=opener, out=out)
-    for cell in found.cells:
-        print(f"{cell.policy:24} batch {cell.batch_size:3}: {cell.speedup:.2f}x, right {cell.accuracy.value:.3f}")
+    leading = tuple(name for name in names if name.startswith(IN_ONE_FILE))
+    for engine, asked, path in (("onnx", names, out), ("onnx-file", leading, out.with_stem(f"{out.stem}-file"))):
+        plan = Plan(engines=(engine,), batch_sizes=(1, 32), policies=asked, seconds=options.seconds, threads=1)
+        found = bench(opener(), plan, opener=opener, out=path)
+        for cell in found.cells:
+            what = f"{cell.speedup:.2f}x, right {cell.accuracy.value:.3f}"
+            print(f"{engine:10} {cell.policy:24} batch {cell.batch_size:3}: {what}", flush=True)
 
 
 if __name__ == "__main__":

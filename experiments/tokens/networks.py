@@ -11,17 +11,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from offramp.artefacts import write_atomically
+from offramp.captions import Captioned, load_captions
 from offramp.generation import TokenExits, attach_tokens, resnet_encoder
 from offramp.preprocess import ImagePreprocess
 from offramp.tokenrows import TokenRows
 
-TASKS = ("scenes", "coco")
+TASKS = ("scenes", "flickr8k", "coco")
+PICTURED = ("scenes", "flickr8k")
 WIDTH, LAYERS, HEADS, ROOM = 256, 12, 4, 64
 BEGIN, END = "<s>", "</s>"
 WORDS = (BEGIN, END, "a", "an", "above", "below", "left", "right", "of", "and", ",", "there", "is", "you", "can", "see")
-PIECES = 4000  # of the tokenizer for COCO's captions
-IMAGES = ImagePreprocess((64, 64), fit="stretch", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
-                         name="pixel_values")  # fmt: skip
+PIECES = {"coco": 4000, "flickr8k": 2000}  # of the tokenizers
+NORMAL: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "name": "pixel_values"}
+IMAGES = {"scenes": ImagePreprocess((64, 64), fit="stretch", **NORMAL),
+          "flickr8k": ImagePreprocess((128, 128), fit="stretch", **NORMAL)}  # fmt: skip
+GRID = {"scenes": 4, "flickr8k": 8}  # cells of the encoder's map, a side
 COCO_SHARES = (("train", 0.9), ("calibrate", 0.03), ("certify", 0.035), ("test", 0.035))
 
 
@@ -30,9 +34,10 @@ class Rows:
     """One split.
 
     Args:
-        rows: a text each: for training the first two captions of every scene, elsewhere the first.
-        references: all captions of each scene, for scores; of COCO, the text itself.
-        images: of scenes.
+        rows: a text each: for training the first two captions of every scene and all of every photograph, elsewhere
+            the first.
+        references: all captions of each image, for scores; of COCO, the text itself.
+        images: uint8.
     """
 
     rows: TokenRows
@@ -41,7 +46,7 @@ class Rows:
 
 
 def tokenizer_of(task: str, data: Path, cache: Path) -> Any:
-    """A fast tokenizer of transformers: whole words for scenes, pieces learned from the training captions for COCO."""
+    """A fast tokenizer of transformers: whole words for scenes, else pieces learned from the training captions."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -57,8 +62,9 @@ def tokenizer_of(task: str, data: Path, cache: Path) -> Any:
             made = Tokenizer(models.BPE())
             made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
             made.decoder = decoders.ByteLevel()
-            trainer = trainers.BpeTrainer(vocab_size=PIECES, special_tokens=[BEGIN, END], show_progress=False)
-            made.train_from_iterator([text for group in coco(data, "train") for text in group], trainer)
+            trainer = trainers.BpeTrainer(vocab_size=PIECES[task], special_tokens=[BEGIN, END], show_progress=False)
+            said = coco(data, "train") if task == "coco" else flickr8k(data, "train").captions
+            made.train_from_iterator([text for group in said for text in group], trainer)
         write_atomically(path, lambda partial: made.save(str(partial)))
     return PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token=BEGIN, eos_token=END)
 
@@ -78,6 +84,19 @@ def coco(data: Path, split: str) -> list[list[str]]:
     return [found[image] for image in sorted(found)]
 
 
+def flickr8k(data: Path, split: str) -> Captioned:
+    """Photographs of a split with their captions in lower case; of the official validation split, the first half is for
+    calibration."""
+    if split in ("train", "test"):
+        found = load_captions(data / "flickr8k_1k", split)
+    else:
+        whole = load_captions(data / "flickr8k_1k", "validation")
+        half = len(whole) // 2
+        part = slice(half) if split == "calibrate" else slice(half, None)
+        found = Captioned(whole.images[part], whole.captions[part])
+    return Captioned(found.images, tuple(tuple(text.lower().strip(" .") for text in each) for each in found.captions))
+
+
 def rows_of(task: str, split: str, data: Path, cache: Path, *, limit: int | None = None) -> Rows:
     """The rows of a split, with an encoder's states computed once and kept in `cache`."""
     tokenizer = tokenizer_of(task, data, cache)
@@ -90,22 +109,30 @@ def rows_of(task: str, split: str, data: Path, cache: Path, *, limit: int | None
         groups = coco(data, split)[:limit]
         texts = [text for group in groups for text in group]
         return Rows(TokenRows([ids(text) for text in texts], pad=end), [[text] for text in texts])
-    made = scenes(split, data, limit)
-    encoded = _encoded(made.images, data, cache / f"scenes-{split}-{len(made.images)}.safetensors")
-    if split == "train":
-        texts = [(text, i) for i, said in enumerate(made.captions) for text in said[:2]]
-    else:
-        texts = [(said[0], i) for i, said in enumerate(made.captions)]
+    images, captions = _pictured(task, split, data, limit)
+    encoded = _encoded(task, images, data, cache / f"{task}-{split}-{len(images)}.safetensors")
+    most = {("scenes", "train"): 2, ("flickr8k", "train"): None}.get((task, split), 1)
+    texts = [(text, i) for i, said in enumerate(captions) for text in said[:most]]
     rows = TokenRows(
         [ids(text) for text, _ in texts], pad=end, encoded=encoded, image=torch.tensor([i for _, i in texts])
     )
-    return Rows(rows, made.captions, made.images)
+    return Rows(rows, captions, images)
 
 
-def encoder_of(data: Path) -> Any:
+def _pictured(task: str, split: str, data: Path, limit: int | None) -> tuple[Tensor, list[list[str]]]:
+    """(uint8 images, captions of each)."""
+    if task == "scenes":
+        made = scenes(split, data, limit)
+        return made.images, made.captions
+    found = flickr8k(data, split)
+    part = Captioned(found.images[:limit], found.captions[:limit])
+    return part.pixels(IMAGES[task]), [list(each) for each in part.captions]
+
+
+def encoder_of(task: str, data: Path) -> Any:
     """ResNet-20 with the public CIFAR-10 weights, which stay as they are."""
     config, model = resnet_encoder()
-    made = model(config(blocks=3, grid=4)).eval()
+    made = model(config(blocks=3, grid=GRID[task])).eval()
     saved = torch.load(data / "checkpoints" / "resnet20-12fca82f.th", map_location="cpu", weights_only=True)
     state = saved.get("state_dict", saved)
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
@@ -113,13 +140,13 @@ def encoder_of(data: Path) -> Any:
     return made
 
 
-def _encoded(images: Tensor, data: Path, path: Path) -> Tensor:
+def _encoded(task: str, images: Tensor, data: Path, path: Path) -> Tensor:
     if path.exists():
         return load_file(path)["encoded"]
-    encoder, found = encoder_of(data), []
+    encoder, found = encoder_of(task, data), []
     with torch.inference_mode():
         for part in images.split(64):
-            pixels = IMAGES.normalise(part)["pixel_values"]
+            pixels = IMAGES[task].normalise(part)["pixel_values"]
             found.append(encoder(pixels).last_hidden_state)
     encoded = torch.cat(found).clone()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,21 +155,21 @@ def _encoded(images: Tensor, data: Path, path: Path) -> Tensor:
 
 
 def network_of(task: str, layers: int, data: Path, vocabulary: int, seed: int) -> Any:
-    """A GPT-2 of this depth with random weights, behind the encoder for scenes."""
+    """A GPT-2 of this depth with random weights, behind the encoder for images."""
     from transformers import GPT2Config, GPT2LMHeadModel, VisionEncoderDecoderModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        drop = 0.1 if task == "coco" else 0.0
+        drop = {"scenes": 0.0, "flickr8k": 0.2}.get(task, 0.1)
         config = GPT2Config(
             n_positions=ROOM, n_embd=WIDTH, n_layer=layers, n_head=HEADS, vocab_size=vocabulary, bos_token_id=0,
             eos_token_id=1, pad_token_id=1, resid_pdrop=drop, embd_pdrop=drop, attn_pdrop=drop,
-            add_cross_attention=task == "scenes", is_decoder=True,
+            add_cross_attention=task in PICTURED, is_decoder=True,
         )  # fmt: skip
         decoder = GPT2LMHeadModel(config)
         if task == "coco":
             return decoder
-        return VisionEncoderDecoderModel(encoder=encoder_of(data), decoder=decoder)
+        return VisionEncoderDecoderModel(encoder=encoder_of(task, data), decoder=decoder)
 
 
 def exits_of(network: Any, task: str, head: str | None = None) -> TokenExits:

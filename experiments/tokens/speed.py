@@ -10,13 +10,15 @@ interval over texts. What it loses is told for the test texts.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from experiments.tokens.networks import rows_of, tokenizer_of
+from experiments.tokens.networks import PICTURED, rows_of, tokenizer_of
 from experiments.tokens.table import NEW, Judge, drop, rule_of, spent, worth
 from experiments.tokens.train import WITH_EXITS, folder_of, model_of, parser_of
+from transformers.modeling_outputs import BaseModelOutput
 
 from offramp import CostModel, ExitTrace
 from offramp.artefacts import write_json
@@ -53,7 +55,7 @@ class Setting:
         """(what is given, what the encoder gave or None)."""
         rows = self.splits[split].rows
         count = min(count, self.judges[split].count)
-        if self.task == "scenes":
+        if self.task in PICTURED:
             encoded = self.judges[split].encoded
             return [[0]] * count, None if encoded is None else encoded[:count]
         return [rows.row(i)[: min(GIVEN, len(rows.row(i)) - 1)] for i in range(count)], None
@@ -73,11 +75,40 @@ class Setting:
 
         return write
 
+    def transformers(self, split: str, count: int) -> Callable[[], Any]:
+        """The first texts of a split one after the other, by transformers' own generation with its own cache."""
+        given, _ = self.prompts(split, count)
+        network: Any = self.model.backbone
+        states = self.splits[split].rows.encoded
+        more: dict[str, Any] = {"do_sample": False, "eos_token_id": 1, "pad_token_id": 1}
+
+        def write() -> list[Any]:
+            found = []
+            for i, row in enumerate(given):
+                ids = torch.tensor([row])
+                if states is None:
+                    said = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, **more)
+                else:
+                    seen = BaseModelOutput(last_hidden_state=states[i : i + 1])
+                    said = network.generate(encoder_outputs=seen, decoder_input_ids=ids, max_new_tokens=NEW, **more)
+                tokens = said[0, len(row) :].tolist()
+                found.append(Written(tokens=[tokens]))
+            return found
+
+        return write
+
+
+@dataclass(frozen=True)
+class Written:
+    """Tokens of transformers, without those given."""
+
+    tokens: list[list[int]]
+
 
 def certified(setting: Setting, family: str, trace: ExitTrace, costs: CostModel) -> dict[str, Any]:
     """The boldest policy of a family that keeps the promise, and what was tried."""
     rungs = [rule_of(family, trace, costs, budget) for budget in RUNGS]
-    if setting.task == "scenes":
+    if setting.task in PICTURED:
         given, encoded = setting.prompts("certify", 10**6)
         loss = MetricDrop(
             setting.splits["certify"].references[: len(given)],
@@ -197,6 +228,8 @@ def speeds(
     batches = {}
     for size in (1, 8):
         writers = {"plain": setting.writer(None, "test", count * size, size)}
+        if size == 1:
+            writers["transformers"] = setting.transformers("test", count)
         writers |= {name: setting.writer(rule, "test", count * size, size) for name, rule in rules.items()}
         writers |= {name: each["setting"].writer(None, "test", count * size, size) for name, each in shallow.items()}
         batches[str(size)] = timed(writers, seconds)

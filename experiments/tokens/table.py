@@ -8,6 +8,7 @@ are paired over texts.
 """
 
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiments.tokens.networks import Rows, rows_of, tokenizer_of
+from experiments.tokens.networks import PICTURED, Rows, rows_of, tokenizer_of
 from experiments.tokens.train import WITH_EXITS, model_of, parser_of
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from offramp.policies import to_dict
 
 BUDGETS = (0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
 FAMILIES = ("max-prob", "calm", "patience", "beem-a")
+METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 DECAY = 4.0  # CALM's tau
 NEW, BATCH, DRAWS = 48, 32, 2000
 
@@ -62,8 +64,9 @@ class Judge:
     def __init__(self, task: str, model: TokenExits, rows: Rows, tokenizer: Any, limit: int | None) -> None:
         self.task, self.model, self.rows, self.tokenizer = task, model, rows, tokenizer
         self.count = len(rows.references) if limit is None else min(limit, len(rows.references))
+        self.scores = dict[str, float]()  # of all texts together, as the field reports them
         self.encoded = None
-        if task == "scenes":
+        if task in PICTURED:
             with torch.inference_mode():
                 self.encoded = model.narrowed(rows.rows.encoded[: self.count])  # type: ignore[index]
 
@@ -85,8 +88,11 @@ class Judge:
             batch_size=BATCH,
         )  # fmt: skip
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in said.tokens]
-        scores = caption_scores(self.rows.references[: self.count], texts)
-        return {name: scores.rows[name] for name in ("CIDEr", "ROUGE-L", "BLEU-4")}, list(said.exits)
+        names = METRICS if self.task == "flickr8k" else ("CIDEr", "ROUGE-L", "BLEU-4")
+        names = tuple(name for name in names if name != "METEOR" or shutil.which("java"))
+        scores = caption_scores(self.rows.references[: self.count], texts, metrics=names)
+        self.scores = scores.whole
+        return {"CIDEr": scores.rows["CIDEr"]}, list(said.exits)
 
 
 def worth(task: str, found: dict[str, Tensor]) -> float:
@@ -121,7 +127,7 @@ def table(
     costs = measure_tokens(model, [[0, 3, 3, 3]], batch_sizes=())
     judge = Judge(task, model, rows_of(task, "test", data, cache, limit=limit), tokenizer, limit)
     whole, _ = judge(None)
-    rows = []
+    scores, rows = judge.scores, list[dict[str, Any]]()
     for family in FAMILIES:
         for budget in BUDGETS:
             began = time.perf_counter()
@@ -135,7 +141,7 @@ def table(
             rows.append({
                 "family": family, "budget": budget, "cost": spent(costs, exits, rule, model.exits),
                 "worth": worth(task, found), **drop(task, whole, found), "left": (left / left.sum()).tolist(),
-                "policy": to_dict(rule.policy), "decay": rule.decay,
+                "scores": judge.scores, "policy": to_dict(rule.policy), "decay": rule.decay,
             })  # fmt: skip
             last = rows[-1]
             lost = f"{last['drop']:+.2%} ({last['low']:+.2%} to {last['high']:+.2%})"
@@ -143,7 +149,7 @@ def table(
             print(f"{family} {budget:.0%}: cost {last['cost']:.3f}, {last['worth']:.3f}, lost {lost}, {took:.0f} s")
     return {
         "task": task, "variant": variant, "seed": seed, "texts": judge.count, "whole": worth(task, whole),
-        "whole_scores": {name: float(each.double().mean()) for name, each in whole.items()},
+        "whole_scores": scores,
         "token_accuracy": trace.accuracy(), "tokens": trace.rows, "stage": costs.stage, "head": costs.head,
         "rows": rows, "machine": machine_line(), "versions": versions(), "limit": limit,
     }  # fmt: skip

@@ -21,10 +21,11 @@ from safetensors.torch import load_model, save_model
 from offramp import FinalOnly, Recipe, SelfDistill, train
 from offramp.artefacts import write_atomically, write_json
 from offramp.generation import TokenExits, record_tokens
-from offramp.machine import machine_line, versions
+from offramp.machine import fast_precision, machine_line, versions
 from offramp.meter import duration
 
 EPOCHS = {("scenes", "plain"): 3, ("scenes", "exits"): 2, ("scenes", "heads"): 1,
+          ("flickr8k", "plain"): 15, ("flickr8k", "exits"): 5, ("flickr8k", "heads"): 3,
           ("coco", "plain"): 6, ("coco", "exits"): 3, ("coco", "heads"): 2}  # fmt: skip
 VARIANTS = ("plain", "exits", "heads", "shallow-2", "shallow-3", "shallow-4", "shallow-6")
 WITH_EXITS = ("plain", "exits", "heads")
@@ -61,7 +62,7 @@ def cell(task: str, variant: str, seed: int, data: Path, runs: Path, *, limit: i
     lr = 1e-3 if before is None else 3e-4
     recipe = Recipe(
         epochs=epochs, batch_size=32, lr=lr, head_lr=1e-3, schedule="cosine", seed=seed,
-        frozen="backbone" if variant == "heads" else None,
+        frozen="backbone" if variant == "heads" else None, precision=fast_precision(),
     )  # fmt: skip
     # the paper's heads learn half from labels and half from the last layer, at temperature 1, alike at all layers
     goal = FinalOnly() if before is None else SelfDistill()

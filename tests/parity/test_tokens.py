@@ -102,6 +102,17 @@ def test_budgets_of_tokens_are_calibrated_like_others() -> None:
         measure_tokens(model, [others.row(0) + others.row(1) + others.row(2)])
 
 
+def test_an_encoders_keys_and_values_are_no_work_of_a_token() -> None:
+    def flops(crossed: bool) -> float:
+        config = transformers.GPT2Config(
+            n_positions=32, n_embd=16, n_layer=4, n_head=2, vocab_size=WORDS, add_cross_attention=crossed
+        )
+        return measure_tokens(attach_tokens(transformers.GPT2LMHeadModel(config)), [[0]], batch_sizes=()).plain_flops
+
+    # of cross-attention, the query's and the output's 16 x 16 in each of four layers, and no more
+    assert flops(True) - flops(False) == 2 * 4 * 2 * 16 * 16
+
+
 def test_a_gate_spares_vocabularies_and_loses_little() -> None:
     model, rows, others = trained()
     plain = MaxProb((0.9,) * LAYERS)

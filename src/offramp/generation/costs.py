@@ -61,7 +61,7 @@ def _weights(module: nn.Module) -> int:
 def _counted(model: TokenExits) -> tuple[list[float], list[float], float]:
     """(stages, heads, the plain decoder) in multiplications a token."""
     decoder = model.decoder
-    layers = [_weights(block) for block in decoder.blocks]
+    layers = [_weights(block) - sum(map(_weights, decoder.once(j))) for j, block in enumerate(decoder.blocks)]
     kept = 2 * decoder.width * decoder.heads * decoder.head_width  # a layer's keys and values
     last = decoder.vocabulary * decoder.width
     ends = [*model.at, decoder.layers - 1]

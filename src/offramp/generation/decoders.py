@@ -54,6 +54,10 @@ class Decoder(Protocol):
         """The keys and values of what an encoder gave, for the layers' cross-attention."""
         ...
 
+    def once(self, j: int) -> list[nn.Module]:
+        """Parts of layer j that work once for a text, not for every token."""
+        ...
+
     def finish(self, hidden: Tensor) -> Tensor:
         """The hidden state after the last norm, which vocabulary heads read."""
         ...
@@ -109,6 +113,10 @@ class GPT2Decoder:
             key, value = block.crossattention.c_attn(encoded).split(self.width, dim=2)
             found.append((self._apart(key), self._apart(value)))
         return found
+
+    def once(self, j: int) -> list[nn.Module]:
+        """The keys and values of what an encoder gave."""
+        return [self.body.h[j].crossattention.c_attn] if self.crosses else []
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The hidden state after the last norm."""
@@ -166,6 +174,10 @@ class LlamaDecoder:
     def memory(self, encoded: Tensor) -> Memory:
         """These decoders look at no encoder."""
         raise ValueRangeError("the decoder has no cross-attention; expected one of GPT-2's kind with it.")
+
+    def once(self, j: int) -> list[nn.Module]:
+        """Nothing: there is no cross-attention."""
+        return []
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The hidden state after the last norm."""
