@@ -37,7 +37,7 @@ from offramp import (
 )  # fmt: skip
 from offramp.artefacts import write_atomically, write_json
 from offramp.checkpoints import named_tensors
-from offramp.machine import machine_line, versions
+from offramp.machine import fast_precision, machine_line, versions
 from offramp.objectives import Objective
 from offramp.record import predict
 from offramp.splits import stratified_split
@@ -155,7 +155,11 @@ def cell(task: str, name: str, seed: int, data: Path, runs: Path, *, progress: b
         return json.loads(told.read_text(encoding="utf-8"))
     model, tokenizer = network_of(task, variant, seed)
     train_rows, held_out = rows_of(task, data, tokenizer)
-    common = Recipe(epochs=epochs_of(task, variant), batch_size=32, lr=5e-5, head_lr=1e-3, seed=seed)
+    # SST-2's cells were begun in fp32, and what is compared is trained alike
+    precision = "fp32" if task == "sst2" else fast_precision()
+    common = Recipe(
+        epochs=epochs_of(task, variant), batch_size=32, lr=5e-5, head_lr=1e-3, seed=seed, precision=precision
+    )
     recipe = replace(common, **dict(variant.recipe))
     teacher = None
     if variant.after is not None:
