@@ -109,6 +109,7 @@ def test_a_bundle_writes_what_its_model_did(folders: dict[str, Path]) -> None:
 def test_a_bundle_writes_in_every_way(folders: dict[str, Path]) -> None:
     bundle = TokenBundle.load(folders["texts"])
     plain = bundle.write(["a frog"], max_new_tokens=10, policy=None)
+    assert 10 < len(bundle.write(["a frog above"])[0].pieces) <= 61  # of 64 places, three are taken
     assert bundle.write(["a frog"], max_new_tokens=10, lossless=True)[0].text == plain[0].text
     assert len(bundle.write(["a frog"], max_new_tokens=10, beams=3)) == 1
     drawn = bundle.write(["a frog"], max_new_tokens=10, sampling=Sampling(temperature=3.0, seed=1))

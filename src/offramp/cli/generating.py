@@ -23,7 +23,9 @@ TemperatureOption = Annotated[
     float | None, typer.Option(help="Draw tokens, logits divided by this; the likeliest else.")
 ]
 BundleOption = Annotated[Path, typer.Option("--bundle", help="Folder that TokenBundle.save wrote.")]
-NewOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="At most so many for each text.")]
+NewOption = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, help="At most so many for each text; 64, if there is room.")
+]
 BeamsOption = Annotated[int, typer.Option(min=1, help="A beam search of so many instead of the likeliest token.")]
 PlainOption = Annotated[bool, typer.Option("--no-exits", help="Every token from the whole decoder.")]
 LosslessOption = Annotated[
@@ -38,7 +40,7 @@ def generate(
     prompts: PromptsArgument = None,
     *,
     bundle: BundleOption,
-    max_new_tokens: NewOption = 64,
+    max_new_tokens: NewOption = None,
     temperature: TemperatureOption = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from so many of the likeliest.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that have this probability.")] = None,
@@ -88,7 +90,7 @@ def caption(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     *,
     bundle: BundleOption,
-    max_new_tokens: NewOption = 48,
+    max_new_tokens: NewOption = None,
     beams: BeamsOption = 1,
     lossless: LosslessOption = False,
     no_exits: PlainOption = False,

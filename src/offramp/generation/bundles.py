@@ -31,6 +31,7 @@ NETWORKS = (
     "GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
     "VisionEncoderDecoderModel",
 )  # fmt: skip
+USUAL = 64  # new tokens of a text, where nobody says how many
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class TokenBundle:
         return cls(model.eval(), tokenizer, policy, images, draft, dict(fields["about"]))
 
     def write(
-        self, prompts: Sequence[str], *, max_new_tokens: int = 64, policy: TokenPolicy | str | None = "own",
+        self, prompts: Sequence[str], *, max_new_tokens: int | None = None, policy: TokenPolicy | str | None = "own",
         sampling: Sampling | None = None, beams: int = 1, stop: Sequence[str] = (), lossless: bool = False,
         stream: Callable[[int, str, int], None] | None = None, encoded: Tensor | None = None,
     ) -> list[Said]:  # fmt: skip
@@ -151,7 +152,7 @@ class TokenBundle:
 
         Args:
             prompts: texts; an empty one is begun with the begin token.
-            max_new_tokens: at most so many.
+            max_new_tokens: at most so many; None: 64, or as many as the decoder has room for behind the longest prompt.
             policy: "own" is the bundle's; None leaves nowhere.
             sampling, beams: drawn tokens, or a beam search of so many.
             stop: strings that end a text.
@@ -168,6 +169,8 @@ class TokenBundle:
         rule = self.policy if isinstance(policy, str) else policy
         given = [self._ids(prompt) for prompt in prompts]
         end = self.tokenizer.eos_token_id
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(USUAL, self.model.decoder.context - max(map(len, given), default=0)))
         common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "end": end, "encoded": encoded}
         if (beams > 1) + (sampling is not None) + lossless > 1:
             raise ValueRangeError("beams, sampling and lossless do not go together; choose one.")
