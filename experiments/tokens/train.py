@@ -2,6 +2,7 @@
 
     python -m experiments.tokens.train scenes plain --data DIR       # the decoder alone, its last layer
     python -m experiments.tokens.train scenes exits --data DIR       # goes on from it, every exit taught by the last
+    python -m experiments.tokens.train scenes whole-keys --data DIR  # the same, but no token leaves while it learns
     python -m experiments.tokens.train scenes heads --data DIR       # heads alone on the frozen decoder, as the paper
     python -m experiments.tokens.train scenes shallow-4 --data DIR   # what a user would take instead
 
@@ -27,9 +28,9 @@ from offramp.meter import duration
 EPOCHS = {("scenes", "plain"): 3, ("scenes", "exits"): 2, ("scenes", "heads"): 1,
           ("flickr8k", "plain"): 15, ("flickr8k", "exits"): 5, ("flickr8k", "heads"): 3,
           ("coco", "plain"): 6, ("coco", "exits"): 3, ("coco", "heads"): 2}  # fmt: skip
-VARIANTS = ("plain", "exits", "heads", "shallow-2", "shallow-3", "shallow-4", "shallow-6")
-WITH_EXITS = ("plain", "exits", "heads")
-AFTER = {"exits": "plain", "heads": "plain"}
+VARIANTS = ("plain", "exits", "whole-keys", "heads", "shallow-2", "shallow-3", "shallow-4", "shallow-6")
+WITH_EXITS = ("plain", "exits", "whole-keys", "heads")
+AFTER = {"exits": "plain", "whole-keys": "plain", "heads": "plain"}
 
 
 def folder_of(task: str, variant: str, seed: int, runs: Path) -> Path:
@@ -58,7 +59,9 @@ def cell(task: str, variant: str, seed: int, data: Path, runs: Path, *, limit: i
     before = AFTER.get(variant)
     model = model_of(task, before or variant, seed, data, runs, trained=before is not None)
     rows = rows_of(task, "train", data, runs / "cache", limit=limit).rows
-    epochs = EPOCHS[task, variant if (task, variant) in EPOCHS else "plain"]
+    model.rehearse = variant == "exits"
+    like = "exits" if variant == "whole-keys" else variant
+    epochs = EPOCHS[task, like if (task, like) in EPOCHS else "plain"]
     lr = 1e-3 if before is None else 3e-4
     recipe = Recipe(
         epochs=epochs, batch_size=32, lr=lr, head_lr=1e-3, schedule="cosine", seed=seed,

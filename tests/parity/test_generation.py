@@ -28,6 +28,7 @@ from offramp.generation import (  # noqa: E402
     stop_at,
 )
 from offramp.generation.reference import _whole  # noqa: E402
+from offramp.generation.rehearsal import rehearsed  # noqa: E402
 from offramp.policies import BEEM, Entropy, Margin, MaxProb, Patience  # noqa: E402
 from offramp.tokenrows import TokenRows  # noqa: E402
 
@@ -439,3 +440,25 @@ def test_what_cannot_be_generated_is_said() -> None:
         model.encode(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueRangeError, match="no cross-attention"):
         generate(model, None, [[1]], encoded=torch.zeros(1, 3, 32))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.4, 0.7, 2.0])
+def test_a_rehearsal_is_what_generation_leaves_behind(network: Any, threshold: float) -> None:
+    model = attach_tokens(network, at=(0, 2, 3)).eval()
+    rows = TokenRows([row for row in prompts(12, seed=5) if len(row) > 1], pad=0)
+    batch = rows.batch(torch.arange(len(rows)))
+    with torch.no_grad():
+        said = rehearsed(model, batch.inputs, torch.full((len(rows),), threshold)).log_softmax(-1)
+        whole = model(batch.inputs).log_softmax(-1)
+    stops = said.exp().amax(-1) >= threshold
+    stops[-1] = True
+    exits = stops.int().argmax(0)
+    labels = batch.labels[batch.labels >= 0]
+    losses = -said[exits, torch.arange(len(labels)), labels]
+    live = score(model, MaxProb((threshold,) * 4), [rows.row(i) for i in range(len(rows))])
+    assert exits.tolist() == [k for row in live.exits for k in row]
+    torch.testing.assert_close(losses, torch.tensor([x for row in live.losses for x in row]), atol=1e-4, rtol=1e-4)
+    if threshold > 1:
+        torch.testing.assert_close(said, whole, atol=1e-4, rtol=1e-4)
+    elif threshold == 0.0:
+        assert not torch.allclose(said[-1], whole[-1], atol=1e-2)

@@ -82,18 +82,19 @@ class GPT2Decoder:
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """What enters the first layer."""
-        return self.body.wte(ids) + self.body.wpe(positions)  # type: ignore[no-any-return]
+        hidden = self.body.wte(ids) + self.body.wpe(positions)
+        return self.body.drop(hidden) if self.body.training else hidden  # type: ignore[no-any-return]
 
     def layer(self, j: int, hidden: Tensor, positions: Tensor, store: Store, memory: Memory | None = None) -> Tensor:
         """What layer j makes of the new tokens."""
         block = self.body.h[j]
         query, key, value = block.attn.c_attn(block.ln_1(hidden)).split(self.width, dim=2)
         keys, values, mask = store(j, self._apart(key), self._apart(value))
-        hidden = hidden + block.attn.c_proj(self._look(block.attn, query, keys, values, mask))
+        hidden = hidden + self._look(block.attn, query, keys, values, mask)
         if memory is not None:
             cross = block.crossattention
             query = cross.q_attn(block.ln_cross_attn(hidden))
-            hidden = hidden + cross.c_proj(self._look(cross, query, *memory[j], None))
+            hidden = hidden + self._look(cross, query, *memory[j], None)
         return hidden + block.mlp(block.ln_2(hidden))  # type: ignore[no-any-return]
 
     def keys_values(self, j: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,8 +131,12 @@ class GPT2Decoder:
         return flat.unflatten(-1, (self.heads, self.head_width)).transpose(1, 2)
 
     def _look(self, attention: Any, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        seen = F.scaled_dot_product_attention(self._apart(query), keys, values, attn_mask=mask, scale=attention.scaling)
-        return seen.transpose(1, 2).flatten(2)
+        drop = attention.attn_dropout.p if attention.training else 0.0
+        seen = F.scaled_dot_product_attention(
+            self._apart(query), keys, values, attn_mask=mask, dropout_p=drop, scale=attention.scaling
+        )
+        found = attention.c_proj(seen.transpose(1, 2).flatten(2))
+        return attention.resid_dropout(found) if attention.training else found  # type: ignore[no-any-return]
 
 
 class LlamaDecoder:
@@ -161,7 +166,10 @@ class LlamaDecoder:
         keys, values, mask = store(j, *self._kept(attention, seen, turn))
         if self.groups > 1:
             keys, values = (x.repeat_interleave(self.groups, dim=1) for x in (keys, values))
-        found = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=attention.scaling)
+        drop = attention.attention_dropout if attention.training else 0.0
+        found = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, dropout_p=drop, scale=attention.scaling
+        )
         hidden = hidden + attention.o_proj(found.transpose(1, 2).flatten(2))
         return hidden + block.mlp(block.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
 

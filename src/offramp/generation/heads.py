@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from offramp.errors import ValueRangeError
 from offramp.generation.decoders import Decoder, decoder_of
+from offramp.generation.rehearsal import rehearsed
 from offramp.generation.rules import TokenPolicy
 
 __all__ = ["FactorisedHead", "FullHead", "SharedHead", "ShortlistHead", "TokenExits", "attach_tokens"]
@@ -103,6 +104,8 @@ class TokenExits(nn.Module):
         at: the layers with an exit behind them, 0-based and rising; the last layer is always an exit besides.
         heads: one for each of `at`.
         made: how they were asked of `attach_tokens`, to be made again.
+
+    With `rehearse` (True unless set) every exit learns behind keys and values as exits leave them: see `rehearsed`.
     """
 
     per_token = True  # it says something of every token, so that a row has many labels
@@ -115,6 +118,7 @@ class TokenExits(nn.Module):
         self.backbone, self.heads = backbone, nn.ModuleList(heads)
         self.decoder, self.at = decoder, at
         self.gates: nn.ModuleList | None = None
+        self.rehearse = True
 
     @property
     def exits(self) -> int:
@@ -155,6 +159,12 @@ class TokenExits(nn.Module):
         whole: Any = self.backbone
         return whole.enc_to_dec_proj(encoded) if hasattr(whole, "enc_to_dec_proj") else encoded
 
+    def looked_at(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "batch memory dim"] | None:
+        """What the decoder's layers look at besides, None where there is no encoder's work in the inputs."""
+        if "encoded" in inputs:
+            return self.narrowed(inputs["encoded"])
+        return self.encode(inputs["pixel_values"]) if "pixel_values" in inputs else None
+
     def forward(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "exit token cls"]:
         """The logits of every exit for every token that is to be said, row after row.
 
@@ -162,6 +172,8 @@ class TokenExits(nn.Module):
             inputs: input_ids and attention_mask [batch token], padded behind; pixel_values for an encoder, or
                 `encoded`, what it gave before.
         """
+        if self.training and self.rehearse:
+            return rehearsed(self, inputs)
         states, last = self.states(inputs)
         return torch.stack([*(head(state) for head, state in zip(self.heads, states, strict=True)), last])
 
@@ -181,10 +193,9 @@ class TokenExits(nn.Module):
         """(hidden states before and behind every layer, logits behind the last, which tokens are to be said)."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if "encoded" in inputs:
-            given["encoder_hidden_states"] = self.narrowed(inputs["encoded"])
-        elif "pixel_values" in inputs:
-            given["encoder_hidden_states"] = self.encode(inputs["pixel_values"])
+        encoded = self.looked_at(inputs)
+        if encoded is not None:
+            given["encoder_hidden_states"] = encoded
         out = self.decoder.network(**given, output_hidden_states=hidden)
         return out.hidden_states if hidden else None, out.logits, mask[:, 1:].bool()
 
