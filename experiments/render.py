@@ -274,7 +274,8 @@ def token_speed(name: str) -> list[str]:
     rows, what = [], "perplexity" if found["task"] == "coco" else "CIDEr"
     whole = {"worth": found["whole"]}
     names = {"plain": "whole decoder", "transformers": "whole decoder, transformers' `generate`", **KINDS,
-             **{who: f"{who.removeprefix('shallow-')} layers alone" for who in found["shallow"]}}  # fmt: skip
+             **{who: f"{who.removeprefix('shallow-')} layers alone" for who in found["shallow"]},
+             "alone": "trained without exits"}  # fmt: skip
     told = {"plain": whole, "transformers": whole, **{each["family"]: each for each in found["policies"]},
             **found["shallow"]}  # fmt: skip
     for who, each in told.items():
