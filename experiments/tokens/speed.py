@@ -11,6 +11,8 @@ interval over texts. What it loses is told for the test texts.
 
 import hashlib
 import json
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ from offramp.generation import (
     measure_tokens,
     record_tokens,
 )
+from offramp.generation.loop import Run
 from offramp.machine import alternate, machine_line, versions
 from offramp.policies import Fixed, from_dict, to_dict
 
@@ -110,7 +113,7 @@ class Written:
 
 def certified(setting: Setting, family: str, trace: ExitTrace, costs: CostModel) -> dict[str, Any]:
     """The boldest policy of a family that keeps the promise, and what was tried."""
-    rungs = [rule_of(family, trace, costs, budget) for budget in RUNGS]
+    rungs = [rule_of(family, trace, costs, budget, thin=True) for budget in RUNGS]
     if setting.task in PICTURED:
         given, encoded = setting.prompts("certify", 10**6)
         loss = MetricDrop(
@@ -172,21 +175,40 @@ def timed(writers: dict[str, Callable[[], Any]], seconds: float) -> dict[str, di
     }  # fmt: skip
 
 
+def reading(setting: Setting, count: int, size: int, rounds: int = 5) -> float:
+    """Seconds that the whole decoder reads the prompts of the first texts for, so many at once, but their last tokens;
+    0 where a prompt is one token. What follows a prompt may leave early, the prompt itself may not."""
+    given, encoded = setting.prompts("test", count)
+    taken = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        with torch.inference_mode():
+            for i in range(0, len(given) - size + 1, size):
+                before = [row[:-1] for row in given[i : i + size]]
+                if any(before):
+                    seen = None if encoded is None else encoded[i : i + size]
+                    Run(setting.model, None, [len(row) for row in before], NEW, seen).read(before)
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken) if len(given[0]) > 1 else 0.0
+
+
 def promised_by_stages(setting: Setting, rule: TokenPolicy, costs: CostModel, size: int, count: int) -> float:
     """The speed-up that the measured stages allow, at the sizes that reach each of them at each step."""
-    plain = early = 0.0
+    plain = early = read = reading(setting, count, size)
     for said in setting.writer(rule, "test", count, size)():
         for t in range(max(map(len, said.exits))):
             left = [0] * setting.model.exits
             for row in said.exits:
                 if t < len(row):
                     left[row[t]] += 1
-            plain, early = plain + costs.plain_s(sum(left)), early + costs.stages_s(left)
+            if t or not read:  # the whole decoder's first token comes of reading
+                plain += costs.plain_s(sum(left))
+            early += costs.stages_s(left)
     return plain / early
 
 
 def forced(setting: Setting, seconds: float, count: int) -> list[dict[str, float]]:
-    """Every token at one exit, against that share of the layers and that exit's head, both measured."""
+    """Every token at one exit, against the prompt read, that share of the layers and that exit's head, all measured."""
     model, exits = setting.model, setting.model.exits
     hidden = torch.randn(1, model.decoder.width)
     with torch.inference_mode():
@@ -195,10 +217,13 @@ def forced(setting: Setting, seconds: float, count: int) -> list[dict[str, float
     writers = {"plain": setting.writer(None, "test", count, 1)}
     writers |= {str(k): setting.writer(TokenPolicy(Fixed(k, exits)), "test", count, 1) for k in range(exits - 1)}
     speeds = timed(writers, seconds)
-    plain_s, last = 1 / speeds["plain"]["tokens_per_s"], heads[str(exits - 1)].median_s
+    tokens = sum(len(row) for said in writers["plain"]() for row in said.tokens)
+    read_s, last = reading(setting, count, 1) / tokens, heads[str(exits - 1)].median_s
+    texts = len(setting.prompts("test", count)[0]) if read_s else 0  # whose first tokens the reading gave
+    plain_s = (1 / speeds["plain"]["tokens_per_s"] - read_s) * tokens / (tokens - texts)
     found = []
     for k in range(exits - 1):
-        ideal = (plain_s - last) * (model.at[k] + 1) / model.decoder.layers + heads[str(k)].median_s
+        ideal = read_s + (plain_s - last) * (model.at[k] + 1) / model.decoder.layers + heads[str(k)].median_s
         found.append({"exit": k, "layer": model.at[k] + 1, **speeds[str(k)],
                       "kept": ideal * speeds[str(k)]["tokens_per_s"]})  # fmt: skip
     return found

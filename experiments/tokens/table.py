@@ -35,8 +35,8 @@ DECAY = 4.0  # CALM's tau
 NEW, BATCH, DRAWS = 48, 32, 2000
 
 
-def rule_of(family: str, trace: ExitTrace, costs: CostModel, budget: float) -> TokenPolicy:
-    """The policy of a family that spends a share of the plain decoder on a trace."""
+def rule_of(family: str, trace: ExitTrace, costs: CostModel, budget: float, *, thin: bool = False) -> TokenPolicy:
+    """The policy of a family that spends a share of the plain decoder on a trace; thin: at fewer exits where it may."""
     target = Budget(fraction=budget)
     if family == "calm":  # the margin, whose thresholds fall
         found: Any = calibrate(Margin, trace, costs, target).policy
@@ -44,7 +44,7 @@ def rule_of(family: str, trace: ExitTrace, costs: CostModel, budget: float) -> T
         raised = tuple(min(1.0, max(0.0, (x - more) / 0.9)) for x in found.thresholds)  # about as high in the mean
         return TokenPolicy(replace(found, thresholds=raised), decay=DECAY)
     kinds: dict[str, Any] = {"max-prob": MaxProb, "patience": Patience, "beem-a": BEEM}
-    return TokenPolicy(calibrate(kinds[family], trace, costs, target).policy)
+    return TokenPolicy(calibrate(kinds[family], trace, costs, target, thin=thin).policy)
 
 
 def spent(costs: CostModel, exits: Sequence[Sequence[int]], rule: TokenPolicy | None, count: int) -> float:

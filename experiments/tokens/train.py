@@ -3,6 +3,7 @@
     python -m experiments.tokens.train scenes plain --data DIR       # the decoder alone, its last layer
     python -m experiments.tokens.train scenes exits --data DIR       # goes on from it, every exit taught by the last
     python -m experiments.tokens.train scenes whole-keys --data DIR  # the same, but no token leaves while it learns
+    python -m experiments.tokens.train scenes joint --data DIR       # all exits alike from the start
     python -m experiments.tokens.train scenes heads --data DIR       # heads alone on the frozen decoder, as the paper
     python -m experiments.tokens.train scenes shallow-4 --data DIR   # what a user would take instead
 
@@ -25,11 +26,11 @@ from offramp.generation import TokenExits, record_tokens
 from offramp.machine import fast_precision, machine_line, versions
 from offramp.meter import duration
 
-EPOCHS = {("scenes", "plain"): 3, ("scenes", "exits"): 2, ("scenes", "heads"): 1,
-          ("flickr8k", "plain"): 15, ("flickr8k", "exits"): 5, ("flickr8k", "heads"): 3,
-          ("coco", "plain"): 6, ("coco", "exits"): 3, ("coco", "heads"): 2}  # fmt: skip
-VARIANTS = ("plain", "exits", "whole-keys", "heads", "shallow-2", "shallow-3", "shallow-4", "shallow-6")
-WITH_EXITS = ("plain", "exits", "whole-keys", "heads")
+EPOCHS = {("scenes", "plain"): 3, ("scenes", "exits"): 2, ("scenes", "heads"): 1, ("scenes", "joint"): 5,
+          ("flickr8k", "plain"): 15, ("flickr8k", "exits"): 5, ("flickr8k", "heads"): 3, ("flickr8k", "joint"): 20,
+          ("coco", "plain"): 6, ("coco", "exits"): 3, ("coco", "heads"): 2, ("coco", "joint"): 9}  # fmt: skip
+VARIANTS = ("plain", "exits", "whole-keys", "joint", "heads", "shallow-2", "shallow-3", "shallow-4", "shallow-6")
+WITH_EXITS = ("plain", "exits", "whole-keys", "joint", "heads")
 AFTER = {"exits": "plain", "whole-keys": "plain", "heads": "plain"}
 
 
@@ -59,7 +60,7 @@ def cell(task: str, variant: str, seed: int, data: Path, runs: Path, *, limit: i
     before = AFTER.get(variant)
     model = model_of(task, before or variant, seed, data, runs, trained=before is not None)
     rows = rows_of(task, "train", data, runs / "cache", limit=limit).rows
-    model.rehearse = variant == "exits"
+    model.rehearse = variant in ("exits", "joint")
     like = "exits" if variant == "whole-keys" else variant
     epochs = EPOCHS[task, like if (task, like) in EPOCHS else "plain"]
     lr = 1e-3 if before is None else 3e-4
@@ -69,6 +70,8 @@ def cell(task: str, variant: str, seed: int, data: Path, runs: Path, *, limit: i
     )  # fmt: skip
     # the paper's heads learn half from labels and half from the last layer, at temperature 1, alike at all layers
     goal = FinalOnly() if before is None else SelfDistill()
+    if variant == "joint":
+        goal = SelfDistill(weights="uniform")
     if variant == "heads":
         goal = SelfDistill(temperature=1.0, weights="uniform")
     print(f"{task} {variant}: {rows.tokens} tokens, {epochs} epochs", flush=True)
