@@ -67,12 +67,12 @@ experiments/scenes experiments/coco: experiments/%: $(VENV)/.dev ## train a deco
 	$(BIN)/python -m experiments.tokens.table $* exits --data $(DATA)
 	$(BIN)/python -m experiments.tokens.speed $* exits --data $(DATA)
 
-experiments/flickr8k: $(VENV)/.dev ## the same on photographs of Flickr8k, half an hour (set OFFRAMP_DATA=DIR)
+experiments/flickr8k: $(VENV)/.dev ## the same on photographs of Flickr8k (set OFFRAMP_DATA=DIR)
 	for variant in plain exits heads; do \
 		$(BIN)/python -m experiments.tokens.train flickr8k $$variant --data $(DATA) || exit 1; done
 	$(BIN)/python -m experiments.tokens.table flickr8k exits --data $(DATA)
 
-experiments/heads: experiments/coco ## kinds of vocabulary heads on that decoder, half an hour
+experiments/heads: experiments/coco ## kinds of vocabulary heads on the decoder of COCO (set OFFRAMP_DATA=DIR)
 	$(BIN)/python -m experiments.tokens.heads --data $(DATA)
 
 results: $(VENV)/.dev ## make the tables and pictures of docs/results.md from results/

@@ -1,6 +1,6 @@
 """Which heads pay: kinds of vocabulary heads on the same frozen decoder, by what they cost and what they keep.
 
-    python -m experiments.tokens.heads --data DIR      # about half an hour; writes results/tokens/heads-coco.json
+    python -m experiments.tokens.heads --data DIR      # writes results/tokens/heads-coco.json
 
 Heads alone learn for an epoch on the decoder that `train coco exits` left, half from labels, half from its last layer.
 Then max-prob is calibrated to 60 % of the plain decoder's measured time for a token, heads and decisions included, and

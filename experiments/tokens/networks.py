@@ -26,6 +26,7 @@ NORMAL: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0
 IMAGES = {"scenes": ImagePreprocess((64, 64), fit="stretch", **NORMAL),
           "flickr8k": ImagePreprocess((128, 128), fit="stretch", **NORMAL)}  # fmt: skip
 GRID = {"scenes": 4, "flickr8k": 8}  # cells of the encoder's map, a side
+JOINT_AT = {"scenes": (0, 1, 2, 3, 5, 7), "coco": (1, 2, 3, 5, 7), "flickr8k": (1, 2, 3, 5, 7)}  # layers from 0
 COCO_SHARES = (("train", 0.9), ("calibrate", 0.03), ("certify", 0.035), ("test", 0.035))
 
 
@@ -172,9 +173,10 @@ def network_of(task: str, layers: int, data: Path, vocabulary: int, seed: int) -
         return VisionEncoderDecoderModel(encoder=encoder_of(task, data), decoder=decoder)
 
 
-def exits_of(network: Any, task: str, head: str | None = None) -> TokenExits:
-    """Exits behind every second layer: at twelve, five and the last."""
+def exits_of(network: Any, task: str, head: str | None = None, *, joint: bool = False) -> TokenExits:
+    """Exits of twelve layers behind every second one, five and the last; where all learn from the start, more of them
+    behind the first layers, which then learn to speak."""
     layers = len(getattr(network, "decoder", network).transformer.h)
-    at = tuple(range(1, layers - 1, 2)) if layers == LAYERS else ()
+    at = () if layers != LAYERS else JOINT_AT[task] if joint else tuple(range(1, layers - 1, 2))
     kind = head or ("full" if task == "scenes" else "factorised")
     return attach_tokens(network, at, head=kind, rank=64 if kind == "factorised" else None)

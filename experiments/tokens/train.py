@@ -3,7 +3,8 @@
     python -m experiments.tokens.train scenes plain --data DIR       # the decoder alone, its last layer
     python -m experiments.tokens.train scenes exits --data DIR       # goes on from it, every exit taught by the last
     python -m experiments.tokens.train scenes whole-keys --data DIR  # the same, but no token leaves while it learns
-    python -m experiments.tokens.train scenes joint --data DIR       # all exits alike from the start
+    python -m experiments.tokens.train scenes joint --data DIR       # all exits alike from the start, none leaves
+    python -m experiments.tokens.train scenes joint-exits --data DIR # goes on from it, as exits does
     python -m experiments.tokens.train scenes heads --data DIR       # heads alone on the frozen decoder, as the paper
     python -m experiments.tokens.train scenes shallow-4 --data DIR   # what a user would take instead
 
@@ -26,12 +27,13 @@ from offramp.generation import TokenExits, record_tokens
 from offramp.machine import fast_precision, machine_line, versions
 from offramp.meter import duration
 
-EPOCHS = {("scenes", "plain"): 3, ("scenes", "exits"): 2, ("scenes", "heads"): 1, ("scenes", "joint"): 5,
-          ("flickr8k", "plain"): 15, ("flickr8k", "exits"): 5, ("flickr8k", "heads"): 3, ("flickr8k", "joint"): 20,
-          ("coco", "plain"): 6, ("coco", "exits"): 3, ("coco", "heads"): 2, ("coco", "joint"): 9}  # fmt: skip
-VARIANTS = ("plain", "exits", "whole-keys", "joint", "heads", "shallow-2", "shallow-3", "shallow-4", "shallow-6")
-WITH_EXITS = ("plain", "exits", "whole-keys", "joint", "heads")
-AFTER = {"exits": "plain", "whole-keys": "plain", "heads": "plain"}
+EPOCHS = {("scenes", "plain"): 3, ("scenes", "exits"): 2, ("scenes", "heads"): 1, ("scenes", "joint"): 3,
+          ("flickr8k", "plain"): 15, ("flickr8k", "exits"): 5, ("flickr8k", "heads"): 3, ("flickr8k", "joint"): 15,
+          ("coco", "plain"): 6, ("coco", "exits"): 3, ("coco", "heads"): 2, ("coco", "joint"): 5}  # fmt: skip
+WITH_EXITS = ("plain", "exits", "whole-keys", "joint", "joint-exits", "heads")
+VARIANTS = (*WITH_EXITS, "shallow-2", "shallow-3", "shallow-4", "shallow-6")
+AFTER = {"exits": "plain", "whole-keys": "plain", "heads": "plain", "joint-exits": "joint"}
+LIKE = {"whole-keys": "exits", "joint-exits": "exits"}  # trained as long as
 
 
 def folder_of(task: str, variant: str, seed: int, runs: Path) -> Path:
@@ -42,7 +44,7 @@ def model_of(task: str, variant: str, seed: int, data: Path, runs: Path, *, trai
     """The model of a cell."""
     layers = int(variant.removeprefix("shallow-")) if variant.startswith("shallow") else LAYERS
     vocabulary = len(tokenizer_of(task, data, runs / "cache"))
-    model = exits_of(network_of(task, layers, data, vocabulary, seed), task)
+    model = exits_of(network_of(task, layers, data, vocabulary, seed), task, joint=variant.startswith("joint"))
     if trained:
         folder = folder_of(task, variant, seed, runs)
         if not (folder / "cell.json").exists():
@@ -60,9 +62,8 @@ def cell(task: str, variant: str, seed: int, data: Path, runs: Path, *, limit: i
     before = AFTER.get(variant)
     model = model_of(task, before or variant, seed, data, runs, trained=before is not None)
     rows = rows_of(task, "train", data, runs / "cache", limit=limit).rows
-    model.rehearse = variant in ("exits", "joint")
-    like = "exits" if variant == "whole-keys" else variant
-    epochs = EPOCHS[task, like if (task, like) in EPOCHS else "plain"]
+    model.rehearse = variant in ("exits", "joint-exits")
+    epochs = EPOCHS.get((task, LIKE.get(variant, variant)), EPOCHS[task, "plain"])
     lr = 1e-3 if before is None else 3e-4
     recipe = Recipe(
         epochs=epochs, batch_size=32, lr=lr, head_lr=1e-3, schedule="cosine", seed=seed,
@@ -70,7 +71,7 @@ def cell(task: str, variant: str, seed: int, data: Path, runs: Path, *, limit: i
     )  # fmt: skip
     # the paper's heads learn half from labels and half from the last layer, at temperature 1, alike at all layers
     goal = FinalOnly() if before is None else SelfDistill()
-    if variant == "joint":
+    if variant.startswith("joint"):
         goal = SelfDistill(weights="uniform")
     if variant == "heads":
         goal = SelfDistill(temperature=1.0, weights="uniform")

@@ -462,3 +462,17 @@ def test_a_rehearsal_is_what_generation_leaves_behind(network: Any, threshold: f
         torch.testing.assert_close(said, whole, atol=1e-4, rtol=1e-4)
     elif threshold == 0.0:
         assert not torch.allclose(said[-1], whole[-1], atol=1e-2)
+
+
+def test_training_rehearses_unless_told_otherwise(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offramp.generation.rehearsal.DEPTH", 0.0)  # so every token leaves at the first exit
+    model = attach_tokens(network, at=(0, 2, 3)).eval()
+    rows = TokenRows([row for row in prompts(12, seed=5) if len(row) > 1], pad=0)
+    inputs = rows.batch(torch.arange(len(rows))).inputs
+    with torch.no_grad():
+        whole, left = model(inputs), rehearsed(model, inputs, torch.zeros(len(rows)))
+        model.train().backbone.eval()  # as while heads learn alone: no dropout
+        torch.testing.assert_close(model(inputs), left, atol=1e-4, rtol=1e-4)
+        model.rehearse = False
+        torch.testing.assert_close(model(inputs), whole, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(left[-1], whole[-1], atol=1e-2)

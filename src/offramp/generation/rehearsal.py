@@ -55,7 +55,7 @@ def rehearsed(
         thresholds: of each row; unless given they are drawn, from rows whose tokens all leave at the first exit to rows
             that hardly ever do.
 
-    Source: CALM (Schuster et al. 2022, section 3.5) trains on whole states and bears the difference; this is ours.
+    Source: ours; CALM (Schuster et al. 2022) trains on whole states and bears the difference.
     """
     ids, kept = inputs["input_ids"], inputs["attention_mask"][:, 1:].bool()
     decoder, encoded = model.decoder, model.looked_at(inputs)
