@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export TOKENIZERS_PARALLELISM ?= false
 
-PAPERS := experiments/beem experiments/beem-table experiments/beem-speed experiments/eenet-cifar10 experiments/eenet-sst2 experiments/eenet-ag_news experiments/scenes experiments/flickr8k experiments/coco experiments/heads
+PAPERS := experiments/beem experiments/beem-table experiments/beem-speed experiments/eenet-cifar10 experiments/eenet-checks experiments/eenet-sst2 experiments/eenet-ag_news experiments/scenes experiments/flickr8k experiments/coco experiments/heads
 .PHONY: help quickstart sst2 test test-web bench lint format docs clean results $(PAPERS)
 
 help: ## list the targets
@@ -55,8 +55,12 @@ experiments/beem-speed: $(VENV)/.dev ## measure the speed of the trained exits o
 
 experiments/eenet-cifar10: $(VENV)/.dev ## train ResNet-56 with exits on CIFAR-10, hours, and judge policies (set OFFRAMP_DATA=DIR)
 	for network in basic tuned; do $(BIN)/python -m experiments.eenet.train $$network --data $(DATA) $(ARGS) || exit 1; done
-	$(BIN)/python -m experiments.eenet.timed cifar10 --data $(DATA)
-	$(BIN)/python -m experiments.eenet.table cifar10
+	for name in cifar10 cifar10-tuned; do $(BIN)/python -m experiments.eenet.timed $$name --data $(DATA) && \
+		$(BIN)/python -m experiments.eenet.table $$name || exit 1; done
+
+experiments/eenet-checks: $(VENV)/.dev ## an epoch of 2,000 images for the papers' larger networks (set OFFRAMP_DATA=DIR)
+	for network in resnet56 densenet121 msdnet; do \
+		$(BIN)/python -m experiments.eenet.train $$network --data $(DATA) --epochs 1 --limit 2000 || exit 1; done
 
 experiments/eenet-sst2 experiments/eenet-ag_news: experiments/eenet-%: $(VENV)/.dev
 	$(BIN)/python -m experiments.eenet.table $*

@@ -164,7 +164,9 @@ def eenet(name: str) -> list[str]:
     found = loaded("eenet", f"{name}.json")
     if not found:
         return NOTHING
-    lines = []
+    lines, plain = list[str](), loaded("eenet", f"{name}-plain.json")
+    if plain:
+        lines = [f"Before any exit was put on it the network was right at {percent(plain['accuracy'])} %.", ""]
     for exits, table in found["tables"].items():
         alone = " ".join(percent(e["accuracy"]) for e in table["exits"])
         costs = " ".join(f"{100 * c:.0f}" for c in table["cumulative"])
@@ -181,6 +183,23 @@ def eenet(name: str) -> list[str]:
             ]
             lines += [*grid([by, *(f"{100 * b:.0f} %" for b in found["budgets"])], rows), ""]
     return lines[:-1]
+
+
+def checks(_: str) -> list[str]:
+    """Networks whose whole training needs a GPU: that they are attached, cut, trained and recorded."""
+    rows = []
+    for name, what in (("resnet56", "ResNet-56 of bottlenecks, three exits"),
+                       ("densenet121", "DenseNet-121, four exits"), ("msdnet", "MSDNet, five exits")):  # fmt: skip
+        found = loaded("eenet", f"check-{name}.json")
+        if found:
+            losses = [each["loss"] for each in found["report"]["epochs"]]
+            rows.append([
+                what, f"{found['recipe']['epochs']} of {found['rows']} images", f"{found['report']['seconds']:.0f} s",
+                f"{losses[0]:.2f}", " ".join(percent(each) for each in found["accuracy"]),
+                " ".join(f"{100 * each:.0f}" for each in found["cumulative"]),
+            ])  # fmt: skip
+    head = ["network", "epochs", "time", "mean loss", "exits right, %", "at % of the cost"]
+    return grid(head, rows) if rows else NOTHING
 
 
 def speed(name: str) -> list[str]:
@@ -316,8 +335,8 @@ def times(_: str) -> list[str]:
 
 
 BLOCKS: dict[str, Callable[[str], list[str]]] = {
-    "networks": networks, "beem": beem, "budgets": budgets, "recipes": recipes, "eenet": eenet, "speed": speed,
-    "times": times, "tokens": tokens, "tokenspeed": token_speed, "heads": heads,
+    "networks": networks, "beem": beem, "budgets": budgets, "recipes": recipes, "eenet": eenet, "checks": checks,
+    "speed": speed, "times": times, "tokens": tokens, "tokenspeed": token_speed, "heads": heads,
 }  # fmt: skip
 
 

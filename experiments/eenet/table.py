@@ -3,6 +3,7 @@ model was timed, in milliseconds; halves of the rows that training never saw, sw
 results/eenet/NAME.json.
 
     python -m experiments.eenet.table cifar10           # from results/eenet/basic-0.safetensors
+    python -m experiments.eenet.table cifar10-tuned     # from results/eenet/tuned-0.safetensors
     python -m experiments.eenet.table sst2              # from results/beem, exits behind layers 2, 4, 6 and behind all
     python -m experiments.eenet.table ag_news
 
@@ -28,9 +29,10 @@ FAMILIES = ("eenet", "entropy", "msdnet", "patience", "beem-c", "beem-a", "max-p
 BUDGETS = (0.75, 0.7, 0.62, 0.5)
 REPEATS = 5
 RESULTS = Path("results/eenet")
+IMAGES = {"cifar10": "basic", "cifar10-tuned": "tuned"}  # networks, as `train` calls them
 #: The exits of each table, by place; the last one is always among them.
 EXITS = {
-    "cifar10": {"three exits": (0, 3, 4), "five exits": (0, 1, 2, 3, 4)},
+    **{name: {"three exits": (0, 3, 4), "five exits": (0, 1, 2, 3, 4)} for name in IMAGES},
     "sst2": {"after layers 2, 4, 6": (1, 3, 5), "after every layer": (0, 1, 2, 3, 4, 5)},
     "ag_news": {"after layers 2, 4, 6": (1, 3, 5), "after every layer": (0, 1, 2, 3, 4, 5)},
 }
@@ -39,13 +41,12 @@ EXITS = {
 def source(name: str) -> tuple[ExitTrace, CostModel, dict[str, Any]]:
     """(what all exits said, what they cost, how the network was trained)."""
     timed = RESULTS / f"{name}-costs.json"
-    if name == "cifar10":
-        made = [name for name in ("basic-0", "tuned-0") if (RESULTS / f"{name}.json").exists()]
-        if not made:
-            raise SystemExit("no network is trained yet: python -m experiments.eenet.train basic --data DIR")
-        costs = next(p for p in (timed, RESULTS / f"{made[0]}-costs.json") if p.exists())
-        trace = ExitTrace.load(RESULTS / f"{made[0]}.safetensors")
-        return trace, CostModel.load(costs), read_json(RESULTS / f"{made[0]}.json")
+    if name in IMAGES:
+        made = RESULTS / f"{IMAGES[name]}-0"
+        if not made.with_suffix(".json").exists():
+            raise SystemExit(f"not trained yet: python -m experiments.eenet.train {IMAGES[name]} --data DIR")
+        costs = CostModel.load(timed if timed.exists() else f"{made}-costs.json")
+        return ExitTrace.load(made.with_suffix(".safetensors")), costs, read_json(made.with_suffix(".json"))
     cells = Cells()
     task = next((task for task in (f"{name}-full", name) if f"{task}-{BEST}-0" in cells.told), None)
     got = None if task is None else cells(task, BEST, 0)

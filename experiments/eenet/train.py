@@ -6,7 +6,8 @@
     python -m experiments.eenet.train densenet121 --data DIR --epochs 1 --limit 2000       # where there is no GPU
 
 EENet trains 150 epochs. Weights go to runs/eenet/NETWORK-SEED/, what the exits said of the test rows to
-results/eenet/NETWORK-SEED.safetensors (not with --limit), with costs and how it was trained. It says what it will take
+results/eenet/NETWORK-SEED.safetensors, with costs and how it was trained; with --limit only what came of it, to
+results/eenet/check-NETWORK.json. It says what it will take
 before it begins. Given again after a stop, it goes on.
 """
 
@@ -67,7 +68,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    folder = options.runs / f"{options.network}-{options.seed}"
+    part = "" if options.limit is None else f"-of-{options.limit}"
+    folder = options.runs / f"{options.network}-{options.seed}{part}"
     model = network_of(options.network, options.seed, options.data)
     tuned = options.network == "tuned"
     normalise = "imagenet" if tuned else "cifar"
@@ -98,7 +100,9 @@ def main() -> None:
         "data": {"train": rows.fingerprint(), "test": test.fingerprint()},
     }  # fmt: skip
     write_json(folder / "cell.json", value)
-    if options.limit is None:
+    if options.limit is not None:
+        write_json(options.results / f"check-{options.network}.json", {**value, "cumulative": costs.cumulative()})
+    else:
         kept = options.results / f"{options.network}-{options.seed}"
         replace(trace, ids=None).save(kept.with_suffix(".safetensors"), half=True)
         costs.save(f"{kept}-costs.json")
