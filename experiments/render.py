@@ -225,7 +225,7 @@ def speed(name: str) -> list[str]:
 
 TEXTS = {"scenes": "scenes", "coco": "captions of COCO", "flickr8k": "photographs"}
 KINDS = {"max-prob": "max-prob", "calm": "CALM (margin, thresholds that fall)", "patience": "patience (PABEE)",
-         "beem-a": "BEEM-A"}  # fmt: skip
+         "beem-a": "BEEM-A", "stopping": "stopping (ours)"}  # fmt: skip
 
 
 def lost(row: dict[str, Any]) -> str:
@@ -294,7 +294,7 @@ def token_speed(name: str) -> list[str]:
     whole = {"worth": found["whole"]}
     names = {"plain": "whole decoder", "transformers": "whole decoder, transformers' `generate`", **KINDS,
              **{who: f"{who.removeprefix('shallow-')} layers alone" for who in found["shallow"]},
-             "alone": "trained without exits"}  # fmt: skip
+             "shallow-1": "one layer alone", "alone": "trained without exits"}  # fmt: skip
     told = {"plain": whole, "transformers": whole, **{each["family"]: each for each in found["policies"]},
             **found["shallow"]}  # fmt: skip
     for who, each in told.items():

@@ -26,7 +26,8 @@ NORMAL: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0
 IMAGES = {"scenes": ImagePreprocess((64, 64), fit="stretch", **NORMAL),
           "flickr8k": ImagePreprocess((128, 128), fit="stretch", **NORMAL)}  # fmt: skip
 GRID = {"scenes": 4, "flickr8k": 8}  # cells of the encoder's map, a side
-JOINT_AT = {"scenes": (0, 1, 2, 3, 5, 7), "coco": (1, 2, 3, 5, 7), "flickr8k": (1, 2, 3, 5, 7)}  # layers from 0
+#: layers from 0 with exits where all learn from the start: heads are small beside a layer for scenes alone
+JOINT_AT = {"scenes": (0, 1, 2, 3, 5, 7), "coco": (3, 5), "flickr8k": (3, 5)}
 COCO_SHARES = (("train", 0.9), ("calibrate", 0.03), ("certify", 0.035), ("test", 0.035))
 
 
@@ -174,9 +175,9 @@ def network_of(task: str, layers: int, data: Path, vocabulary: int, seed: int) -
 
 
 def exits_of(network: Any, task: str, head: str | None = None, *, joint: bool = False) -> TokenExits:
-    """Exits of twelve layers behind every second one, five and the last; where all learn from the start, more of them
-    behind the first layers, which then learn to speak."""
+    """Exits of twelve layers behind every second one, five and the last; where all learn from the start, at the layers
+    of JOINT_AT, with whole heads."""
     layers = len(getattr(network, "decoder", network).transformer.h)
     at = () if layers != LAYERS else JOINT_AT[task] if joint else tuple(range(1, layers - 1, 2))
-    kind = head or ("full" if task == "scenes" else "factorised")
+    kind = head or ("full" if joint or task == "scenes" else "factorised")
     return attach_tokens(network, at, head=kind, rank=64 if kind == "factorised" else None)

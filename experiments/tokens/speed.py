@@ -9,6 +9,7 @@ the calibration trace, that keeps a promise on the certify texts: scenes at most
 interval over texts. What it loses is told for the test texts.
 """
 
+import contextlib
 import hashlib
 import json
 import statistics
@@ -27,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from offramp import CostModel, ExitTrace
 from offramp.artefacts import write_json
+from offramp.errors import ValueRangeError
 from offramp.generation import (
     MetricDrop,
     TokenExits,
@@ -42,9 +44,10 @@ from offramp.generation.loop import Run
 from offramp.machine import alternate, machine_line, versions
 from offramp.policies import Fixed, from_dict, to_dict
 
-RUNGS = (0.98, 0.9, 0.82, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.36, 0.33, 0.3, 0.27, 0.24)
+#: budgets of policies, from the first exit's cost (0) to the plain decoder's (1)
+RUNGS = (0.98, 0.85, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.16, 0.13, 0.1, 0.08, 0.06, 0.045, 0.03, 0.02, 0.01)
 SHARE, RISE, DELTA = 0.01, 0.02, 0.05
-BESIDE = ("plain", "shallow-2", "shallow-3", "shallow-4", "shallow-6")  # trained without exits
+BESIDE = ("plain", "shallow-1", "shallow-2", "shallow-3", "shallow-4", "shallow-6")  # trained without exits
 GIVEN = 4  # tokens of a COCO caption that are given, the first included
 
 
@@ -113,7 +116,11 @@ class Written:
 
 def certified(setting: Setting, family: str, trace: ExitTrace, costs: CostModel) -> dict[str, Any]:
     """The boldest policy of a family that keeps the promise, and what was tried."""
-    rungs = [rule_of(family, trace, costs, budget, thin=True) for budget in RUNGS]
+    rungs, least = list[TokenPolicy](), costs.stage[0] + costs.head[0]
+    for rung in RUNGS:
+        with contextlib.suppress(ValueRangeError):  # it cannot spend so little
+            rule = rule_of(family, trace, costs, least + rung * (1 - least), thin=True)
+            rungs += [rule] if rule not in rungs else []
     if setting.task in PICTURED:
         given, encoded = setting.prompts("certify", 10**6)
         loss = MetricDrop(
@@ -148,7 +155,7 @@ def kept_promises(
     if path.exists() and (before := json.loads(path.read_text(encoding="utf-8")))["told"] == told:
         return before["rows"]  # type: ignore[no-any-return]
     found = list[dict[str, Any]]()
-    for family in ("max-prob", "beem-a"):
+    for family in ("max-prob", "beem-a", "stopping"):
         one = certified(setting, family, trace, costs)
         rule = one.pop("rule")
         row = {"family": family, **one, "policy": None if rule is None else to_dict(rule.policy)}

@@ -20,31 +20,46 @@ from experiments.tokens.networks import PICTURED, Rows, rows_of, tokenizer_of
 from experiments.tokens.train import WITH_EXITS, model_of, parser_of
 from torch import Tensor
 
-from offramp import BEEM, Budget, CostModel, ExitTrace, Margin, MaxProb, Patience, calibrate
+from offramp import BEEM, Budget, CostModel, ExitTrace, Margin, MaxProb, Patience, Stopping
 from offramp.artefacts import write_json
-from offramp.errors import OfframpError
+from offramp.calibrate import Options, calibrate_with
+from offramp.calibrate.stopping import StoppingFit
+from offramp.errors import OfframpError, ValueRangeError
 from offramp.generation import TokenExits, TokenPolicy, caption_scores, measure_tokens, record_tokens, score
 from offramp.generation.promises import in_batches
 from offramp.machine import machine_line, versions
 from offramp.policies import to_dict
 
 BUDGETS = (0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
-FAMILIES = ("max-prob", "calm", "patience", "beem-a")
+JOINT_BUDGETS = {"scenes": (0.22, 0.23, 0.25, 0.3, 0.4, 0.5)}  # there the first exit is behind the first layer
+FAMILIES = ("max-prob", "calm", "patience", "beem-a", "stopping")
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 DECAY = 4.0  # CALM's tau
 NEW, BATCH, DRAWS = 48, 32, 2000
 
 
 def rule_of(family: str, trace: ExitTrace, costs: CostModel, budget: float, *, thin: bool = False) -> TokenPolicy:
-    """The policy of a family that spends a share of the plain decoder on a trace; thin: at fewer exits where it may."""
-    target = Budget(fraction=budget)
+    """The policy of a family that spends a share of the plain decoder on a trace; thin: at fewer exits where it may
+    (optimal stopping at all of them). What optimal stopping is made of is chosen at that very budget.
+
+    Raises:
+        ValueRangeError: when the family cannot spend so little.
+    """
+    kinds: dict[str, Any] = {"max-prob": MaxProb, "patience": Patience, "beem-a": BEEM, "calm": Margin,
+                             "stopping": Stopping}  # fmt: skip
+    least = costs.stage[0] + costs.head[0]
+    at = min(1.0, max(0.0, (budget - least) / (1 - least)))
+    options = Options(stopping=StoppingFit(budgets=(at,)))
+    thin &= family != "stopping"
+    made = calibrate_with(kinds[family], trace, costs, Budget(fraction=budget), options, thin=thin)
+    if made.status == "infeasible":
+        raise ValueRangeError(made.message)
     if family == "calm":  # the margin, whose thresholds fall
-        found: Any = calibrate(Margin, trace, costs, target).policy
+        found: Any = made.policy
         more = 0.1 * sum(math.exp(-DECAY * int(name.partition(".")[2]) / NEW) for name in trace.ids or ()) / trace.rows
         raised = tuple(min(1.0, max(0.0, (x - more) / 0.9)) for x in found.thresholds)  # about as high in the mean
         return TokenPolicy(replace(found, thresholds=raised), decay=DECAY)
-    kinds: dict[str, Any] = {"max-prob": MaxProb, "patience": Patience, "beem-a": BEEM}
-    return TokenPolicy(calibrate(kinds[family], trace, costs, target, thin=thin).policy)
+    return TokenPolicy(made.policy)
 
 
 def spent(costs: CostModel, exits: Sequence[Sequence[int]], rule: TokenPolicy | None, count: int) -> float:
@@ -128,8 +143,9 @@ def table(
     judge = Judge(task, model, rows_of(task, "test", data, cache, limit=limit), tokenizer, limit)
     whole, _ = judge(None)
     scores, rows = judge.scores, list[dict[str, Any]]()
+    budgets = JOINT_BUDGETS.get(task, BUDGETS) if variant.startswith("joint") else BUDGETS
     for family in FAMILIES:
-        for budget in BUDGETS:
+        for budget in budgets:
             began = time.perf_counter()
             try:
                 rule = rule_of(family, trace, costs, budget)

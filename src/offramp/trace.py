@@ -1,6 +1,7 @@
 """What every exit said about every row: the one input of calibration and simulation."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +95,11 @@ class ExitTrace:
     def classes(self) -> int:
         """The number of classes."""
         return self.logits.shape[2]
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether rows are tokens, with ids such as "12.3", text and place: a class is then another word in each."""
+        return self.ids is not None and all(re.fullmatch(r"\d+\.\d+", name) for name in self.ids[:1])
 
     def known_labels(self, why: str) -> Int64[Tensor, "row"]:
         """The labels int64 [row].

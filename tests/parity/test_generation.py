@@ -29,7 +29,7 @@ from offramp.generation import (  # noqa: E402
 )
 from offramp.generation.reference import _whole  # noqa: E402
 from offramp.generation.rehearsal import rehearsed  # noqa: E402
-from offramp.policies import BEEM, Entropy, Margin, MaxProb, Patience  # noqa: E402
+from offramp.policies import BEEM, Array, Entropy, Margin, MaxProb, Patience, Stopping  # noqa: E402
 from offramp.tokenrows import TokenRows  # noqa: E402
 
 WORDS, LAYERS = 97, 5
@@ -57,7 +57,11 @@ POLICIES = {
     "entropy": Entropy(thresholds=(0.5,) * LAYERS),
     "patience": Patience(patience=1),
     "beem": BEEM(weights=(0.6,) * LAYERS, thresholds=(0.4,) * LAYERS),
-}
+    "stopping": Stopping(  # leaves where it is sure, and where it was never going to be
+        thresholds=0.0, weights=Array(torch.eye(LAYERS) * 0.7 + torch.full((LAYERS, LAYERS), 0.3).tril(-1)),
+        biases=Array(torch.zeros(LAYERS, 1)), values=Array(torch.tensor([[0.3, 0.0, -0.2, -0.2]] * LAYERS)),
+    ),
+}  # fmt: skip
 
 
 def loud(network: Any) -> Any:

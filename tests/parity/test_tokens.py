@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from offramp import Budget, CostModel, ExitTrace, Recipe, Uniform, calibrate, train  # noqa: E402
+from offramp.calibrate import Options, calibrate_with  # noqa: E402
+from offramp.calibrate.stopping import CANDIDATES, StoppingFit  # noqa: E402
 from offramp.errors import DataError, ShapeError, ValueRangeError  # noqa: E402
 from offramp.generation import (  # noqa: E402
     Changed,
@@ -25,7 +28,7 @@ from offramp.generation import (  # noqa: E402
     record_tokens,
     sequences_of,
 )
-from offramp.policies import BEEM, Fixed, Margin, MaxProb, Patience  # noqa: E402
+from offramp.policies import BEEM, Array, Fixed, Margin, MaxProb, Patience, Stopping  # noqa: E402
 from offramp.simulate import simulate  # noqa: E402
 from offramp.tokenrows import TokenRows, next_tokens  # noqa: E402
 
@@ -43,6 +46,11 @@ def texts(count: int, seed: int) -> list[list[int]]:
             row += range(first, first + dice.randint(3, 4))
         made.append([*row, END])
     return made
+
+
+def stopping(weights: torch.Tensor) -> Stopping:
+    values = Array(torch.tensor([[0.3, 0.0, -0.2, -0.2]] * LAYERS))
+    return Stopping(0.0, weights=Array(weights), biases=Array(torch.zeros(LAYERS, 1)), values=values)
 
 
 @cache
@@ -78,7 +86,8 @@ def test_a_token_trace_is_what_the_exits_said() -> None:
 
 
 @pytest.mark.parametrize("policy", [MaxProb((0.6,) * LAYERS), Margin((0.4,) * LAYERS), Patience(1),
-                                    BEEM(weights=(0.6,) * LAYERS, thresholds=(0.5,) * LAYERS)])  # fmt: skip
+                                    BEEM(weights=(0.6,) * LAYERS, thresholds=(0.5,) * LAYERS),
+                                    stopping(torch.eye(LAYERS))])  # fmt: skip
 def test_policies_decide_alike_on_a_trace_and_on_whole_vocabularies(policy: Any) -> None:
     model, _, others = trained()
     trace = record_tokens(model, others, progress=False)
@@ -86,6 +95,25 @@ def test_policies_decide_alike_on_a_trace_and_on_whole_vocabularies(policy: Any)
         whole = model(others.batch(torch.arange(len(others))).inputs)
     costs = CostModel.from_costs(tuple((k + 1) / LAYERS for k in range(LAYERS)))
     assert torch.equal(simulate(policy, trace, costs).exit, simulate(policy, ExitTrace(whole), costs).exit)
+
+
+def test_what_is_fitted_for_tokens_is_not_for_a_number_of_classes() -> None:
+    model, _, others = trained()
+    trace = record_tokens(model, others, progress=False)
+    costs = measure_tokens(model, [others.row(0)[:4]], batch_sizes=())
+    assert trace.of_tokens
+    assert trace.classes != WORDS
+    with torch.no_grad():
+        whole = model(others.batch(torch.arange(len(others))).inputs)
+    for options in (Options(), *(Options(stopping=StoppingFit(candidates=(each,))) for each in CANDIDATES[:3])):
+        policy = calibrate_with(Stopping, trace, costs, Budget(fraction=0.8), options).policy
+        small, large = (simulate(policy, each, costs).exit for each in (trace, ExitTrace(whole)))
+        assert (small == large).double().mean() > 0.99  # but for rounding
+        said = generate(model, policy, [[0], [0, 5]], max_new_tokens=8)
+        assert len({k for row in said.exits for k in row}) > 1
+        wrong = replace(policy, biases=Array(torch.zeros(LAYERS, 3)))
+        with pytest.raises(ShapeError, match="was fitted for 3 classes"):
+            generate(model, wrong, [[0]], max_new_tokens=2)
 
 
 def test_budgets_of_tokens_are_calibrated_like_others() -> None:

@@ -20,7 +20,7 @@ from offramp.calibrate.ladders import (
 )
 from offramp.calibrate.learned import fit_bins, fit_ztw, gate_ladder
 from offramp.calibrate.spend import Spend
-from offramp.calibrate.stopping import StoppingFit, choose_stopping, geometric
+from offramp.calibrate.stopping import StoppingFit, choose_stopping, geometric, unbiased
 from offramp.cost import CostModel
 from offramp.errors import ValueRangeError
 from offramp.policies import (
@@ -91,7 +91,8 @@ def switched_off(start: Policy, trace: ExitTrace) -> Policy:
         return replace(start, weights=Array(torch.zeros(trace.exits, trace.exits)), biases=biases, cascade=None,
                        enabled=only_last)  # fmt: skip
     if isinstance(start, Stopping):
-        return replace(start, weights=Array(torch.eye(trace.exits)), biases=biases, values=None, enabled=only_last)
+        own = Array(torch.eye(trace.exits))
+        return replace(start, weights=own, biases=Array(unbiased(trace)), values=None, enabled=only_last)
     if isinstance(start, EENet):  # its features count the exits that are on
         return blank_eenet(trace.exits, trace.classes, only_last)
     if isinstance(start, Fixed):

@@ -18,7 +18,16 @@ from offramp.simulate import walk
 from offramp.sweep import Sweep
 from offramp.trace import ExitTrace
 
-__all__ = ["CANDIDATES", "Candidate", "StoppingFit", "choose_stopping", "fit_mixture", "geometric", "value_ladder"]
+__all__ = [
+    "CANDIDATES",
+    "Candidate",
+    "StoppingFit",
+    "choose_stopping",
+    "fit_mixture",
+    "geometric",
+    "unbiased",
+    "value_ladder",
+]
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,8 @@ def choose_stopping(
     trace.known_labels("Stopping, which is fitted to right and wrong answers,")
     if trace.classes > BIAS_CLASSES:
         fit = replace(fit, candidates=tuple(c for c in fit.candidates if c.mixture != "full"))
+    if trace.of_tokens:  # which keep a few words of a vocabulary, too few to mix as they will be
+        fit = replace(fit, candidates=tuple(c for c in fit.candidates if c.mixture == "own"))
     best = _preferred(some_rows(trace), costs, flags, fit) if sum(flags) > 1 else fit.candidates[0]
     return _ladder(best, trace, costs, flags, fit)
 
@@ -84,7 +95,7 @@ def fit_mixture(
 ) -> tuple[Float[Tensor, "exit exit"], Float[Tensor, "exit cls"]]:
     """(weights, biases) of every exit's mixture, by cross-entropy with a pull to the exit's own answer."""
     labels, exits, classes = trace.known_labels("a mixture"), trace.exits, trace.classes
-    weights, biases = torch.eye(exits), torch.zeros(exits, classes)
+    weights, biases = torch.eye(exits), torch.zeros(exits, classes) if bias else unbiased(trace)
     visited = [k for k, on in enumerate(flags) if on]
     said = torch.log_softmax(trace.logits[visited], dim=-1).transpose(0, 1)
     for place, k in enumerate(visited):
@@ -98,6 +109,12 @@ def fit_mixture(
         if bias:
             biases[k] = found[place + 1 :]
     return weights, biases
+
+
+def unbiased(trace: ExitTrace) -> Float[Tensor, "exit cls"]:
+    """Biases of nothing: of many classes one for all, so that the policy does not ask how many there are."""
+    many = trace.of_tokens or trace.classes > BIAS_CLASSES
+    return torch.zeros(trace.exits, 1 if many else trace.classes)
 
 
 def geometric(spend: Spend) -> Callable[[float], Float[Tensor, "visit"]]:
@@ -152,7 +169,7 @@ def _ridge(inputs: Float[Tensor, "row feature"], target: Float[Tensor, "row"], r
 def _mixtures(
     trace: ExitTrace, flags: tuple[bool, ...], fit: StoppingFit, wanted: Sequence[str]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    own = (torch.eye(trace.exits), torch.zeros(trace.exits, trace.classes))
+    own = (torch.eye(trace.exits), unbiased(trace))
     rows = some_rows(trace)
     return {
         name: own if name == "own" else fit_mixture(rows, flags, fit.ridge, bias=name == "full")

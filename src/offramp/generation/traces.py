@@ -23,8 +23,9 @@ def record_tokens(
 
     A vocabulary at every exit is too large to keep. A row has as classes the `top` tokens of every exit, the token
     that comes, and `others` places that share what is left, so that the largest probabilities, their lead and who
-    agrees with whom are what they were: what max-prob, margin, patience and BEEM look at. Entropy is smaller than over
-    the whole vocabulary, so that its thresholds hold for such traces alone.
+    agrees with whom are what they were: what max-prob, margin, patience, BEEM and stopping look at. Entropy is smaller
+    than over the whole vocabulary, so that its thresholds hold for such traces alone; policies that know classes by
+    their number (ZTW, EENet, JEI-DNN and others) cannot be made of them.
 
     The states that exits read here are those of the whole decoder; while it generates, later layers see what tokens
     that left early have left behind. Policies are calibrated on a trace, and judged by `score` or `generate`.
@@ -78,6 +79,6 @@ def sequences_of(trace: ExitTrace) -> Int64[Tensor, "row"]:
     Raises:
         ValueRangeError: the trace has no ids of tokens.
     """
-    if trace.ids is None or not all("." in name for name in trace.ids[:1]):
+    if trace.ids is None or not trace.of_tokens:
         raise ValueRangeError("the trace has no ids such as '12.3', row and place; record it with record_tokens.")
     return torch.tensor([int(name.partition(".")[0]) for name in trace.ids])

@@ -30,12 +30,13 @@ def check_mixture(weights: Any, biases: Any, more: Any, name: str, shape: str) -
 
 
 def nothing_mixed(policy: Any, seen: Evidence) -> Float[Tensor, "batch 0 cls"]:
-    """Log-probabilities of no exit yet, float32, for a policy that was fitted for these classes.
+    """Log-probabilities of no exit yet, float32, for a policy that was fitted for these classes, or without biases and
+    so for any.
 
     Raises:
         ShapeError: it was fitted for another number of classes.
     """
     found, fitted = seen.logits.shape[-1], policy.biases.shape[1]
-    if found != fitted:
+    if fitted not in (1, found):
         raise ShapeError(f"{type(policy).__name__} was fitted for {fitted} classes, got {found}: calibrate again.")
     return seen.logits[:, None, :][:, :0].float()

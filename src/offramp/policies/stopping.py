@@ -32,7 +32,7 @@ class Stopping:
     Args:
         thresholds: one per exit, in units of the score; or one value for all. The last is not used.
         weights: [E E], row k holds w_k0 .. w_kk; the rest is not used. The unit matrix answers with each exit's own.
-        biases: [E cls].
+        biases: [E cls], or [E 1] of a policy for any number of classes, such as of a vocabulary.
         values: [E 4], or None.
         enabled: one flag per exit; None means that all are on. Exits that are off are not in the mixture.
 
@@ -77,7 +77,7 @@ class Stopping:
 
 
 def mix(
-    said: Float[Tensor, "batch visit cls"], weights: Float[Tensor, "visit"], bias: Float[Tensor, "cls"]
+    said: Float[Tensor, "batch visit cls"], weights: Float[Tensor, "visit"], bias: Float[Tensor, "#cls"]
 ) -> Float[Tensor, "batch cls"]:
     """Log-probabilities of weighted log-probabilities: log softmax of sum_j w_j log p_j + b."""
     return torch.log_softmax((said * weights[:, None]).sum(dim=1) + bias, dim=-1)
