@@ -65,11 +65,14 @@ experiments/eenet-checks: $(VENV)/.dev ## an epoch of 2,000 images for the paper
 experiments/eenet-sst2 experiments/eenet-ag_news: experiments/eenet-%: $(VENV)/.dev
 	$(BIN)/python -m experiments.eenet.table $*
 
-experiments/scenes experiments/coco: experiments/%: $(VENV)/.dev ## train a decoder with token-level exits, hours, and judge policies (set OFFRAMP_DATA=DIR)
-	for variant in plain exits heads shallow-2 shallow-3 shallow-4 shallow-6; do \
+experiments/scenes experiments/coco: experiments/%: $(VENV)/.dev ## train decoders with token-level exits, hours, and judge policies (set OFFRAMP_DATA=DIR)
+	for variant in joint joint-exits plain exits shallow-1 shallow-2 shallow-3 shallow-4 $(MORE_$*); do \
 		$(BIN)/python -m experiments.tokens.train $* $$variant --data $(DATA) || exit 1; done
-	$(BIN)/python -m experiments.tokens.table $* exits --data $(DATA)
-	$(BIN)/python -m experiments.tokens.speed $* exits --data $(DATA)
+	for variant in joint-exits $(MORE_$*); do $(BIN)/python -m experiments.tokens.table $* $$variant --data $(DATA) || exit 1; done
+	for variant in joint-exits $(TIMED_$*); do $(BIN)/python -m experiments.tokens.speed $* $$variant --data $(DATA) || exit 1; done
+
+MORE_scenes := exits whole-keys
+TIMED_scenes := exits
 
 experiments/flickr8k: $(VENV)/.dev ## the same on photographs of Flickr8k (set OFFRAMP_DATA=DIR)
 	for variant in plain exits heads; do \

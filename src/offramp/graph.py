@@ -75,7 +75,10 @@ class Traced:
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """The block runs with the model in eval mode; afterwards every module has its own training flag back."""
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(flag for _, flag in flags):  # setting what is set takes as long as a token of a small decoder
+        model.eval()
+    else:
+        flags = []
     try:
         yield
     finally:

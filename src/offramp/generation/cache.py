@@ -60,8 +60,10 @@ class TokenCache:
 
     def left(self, rows: Sequence[int], positions: Sequence[int], hidden: Tensor, after: int) -> None:
         """Nothing; these rows' tokens left behind layer `after` with these hidden states [row dim]."""
-        for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
-            self.left_with[row, position] = hidden[i]
+        if len(rows) == 1:
+            self.left_with[rows[0], positions[0]] = hidden[0]
+        else:
+            self.left_with[list(rows), list(positions)] = hidden
         if self.at_once:
             for j in range(after + 1, self.decoder.layers):
                 self.fill(j, rows, [position + 1 for position in positions])

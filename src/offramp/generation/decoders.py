@@ -13,15 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from offramp.errors import ValueRangeError
+from offramp.generation.memory import Memory
 
-__all__ = ["Decoder", "GPT2Decoder", "LlamaDecoder", "Memory", "decoder_of"]
+__all__ = ["Decoder", "GPT2Decoder", "LlamaDecoder", "decoder_of"]
 
 Hidden = Float[Tensor, "batch new dim"]
 Keys = Float[Tensor, "batch head new each"]
 #: (layer, keys, values of the new tokens) to (all keys, all values, mask or None): what a cache does.
 Store = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
-#: What the layers look at besides: (keys, values) of every layer, [batch head memory each].
-Memory = list[tuple[Tensor, Tensor]]
 
 
 @runtime_checkable
@@ -109,11 +108,12 @@ class GPT2Decoder:
         """The keys and values of what an encoder gave."""
         if not self.crosses:
             raise ValueRangeError("the decoder has no cross-attention; give no encoder, or set add_cross_attention.")
-        found = []
-        for block in self.body.h:
-            key, value = block.crossattention.c_attn(encoded).split(self.width, dim=2)
-            found.append((self._apart(key), self._apart(value)))
-        return found
+
+        def made(j: int) -> tuple[Tensor, Tensor]:
+            key, value = self.body.h[j].crossattention.c_attn(encoded).split(self.width, dim=2)
+            return self._apart(key), self._apart(value)
+
+        return Memory(made, len(encoded))
 
     def once(self, j: int) -> list[nn.Module]:
         """The keys and values of what an encoder gave."""

@@ -12,6 +12,7 @@ from offramp.errors import ValueRangeError
 from offramp.generation.cache import TokenCache
 from offramp.generation.choosing import Sampling, likeliest
 from offramp.generation.heads import TokenExits
+from offramp.generation.memory import Memory
 from offramp.generation.rules import TokenPolicy, as_rule
 from offramp.graph import eval_mode
 from offramp.policies.base import Evidence, Policy, State
@@ -243,7 +244,7 @@ class Run:
         hidden = self.decoder.embed(torch.tensor(tokens, device=self.device)[:, None], spots)
         memory = self._memory_of(rows)
         flight, store = list(range(len(rows))), self.cache.step(rows, positions)
-        answers: list[Tensor] = [hidden] * len(rows)
+        said: list[tuple[list[int], Tensor]] = []  # the places of rows that left together, and their answers
         left = [self.model.exits - 1] * len(rows)
         state: State | None = None
         for j in range(self.decoder.layers):
@@ -254,31 +255,32 @@ class Run:
             stop, state, answer = self._asked(k, hidden[:, 0], state)
             if not any(stop):
                 continue
-            gone = [i for i, out in enumerate(stop) if out]
-            here = [flight[i] for i in gone]
+            here = [place for place, out in zip(flight, stop, strict=True) if out]
+            for place in here:
+                left[place] = k
+            gone = slice(None) if len(here) == len(flight) else [i for i, out in enumerate(stop) if out]
             self.cache.left([rows[i] for i in here], [positions[i] for i in here], hidden[gone, 0], j)
-            for i, place in zip(gone, here, strict=True):
-                answers[place], left[place] = answer[i], k
-            stay = [i for i, out in enumerate(stop) if not out]
-            flight = [flight[i] for i in stay]
-            if not flight:
-                return torch.stack(answers), left
+            said.append((here, answer[gone]))
+            if len(here) == len(flight):
+                return _together(said), left
+            stay = torch.tensor([i for i, out in enumerate(stop) if not out], device=self.device)
+            flight = [place for place, out in zip(flight, stop, strict=True) if not out]
             hidden, spots = hidden[stay], spots[stay]
             state = None if state is None else tuple(part[stay] for part in state)
             on = [rows[i] for i in flight]
             store, memory = self.cache.step(on, [positions[i] for i in flight]), self._memory_of(on)
-        last = self.model.exits - 1
-        said = self.model.said(last, hidden[:, 0]) if self.policy is None else self._asked(last, hidden[:, 0], state)[2]
-        for i, place in enumerate(flight):
-            answers[place] = said[i]
-        return torch.stack(answers), left
+        last, behind = self.model.exits - 1, hidden[:, 0]
+        said.append(
+            (flight, self.model.said(last, behind) if self.policy is None else self._asked(last, behind, state)[2])
+        )
+        return _together(said), left
 
     def reorder(self, rows: list[int]) -> None:
         """Row i goes on with what row rows[i] was."""
         self.cache.reorder(rows)
         self.lengths = [self.lengths[row] for row in rows]
         if self.memory is not None:
-            self.memory = [(keys[rows], values[rows]) for keys, values in self.memory]
+            self.memory = self.memory.of(rows)
 
     def _asked(self, k: int, hidden: Tensor, state: State | None) -> tuple[list[bool], State | None, Tensor]:
         """What the policy says at exit k: who leaves, its state, and the answers; rows that a gate holds stay."""
@@ -309,7 +311,13 @@ class Run:
             stop[i] = out
         return stop, state, answer
 
-    def _memory_of(self, rows: list[int]) -> list[tuple[Tensor, Tensor]] | None:
-        if self.memory is None or len(rows) == self.cache.rows:
-            return self.memory
-        return [(keys[rows], values[rows]) for keys, values in self.memory]
+    def _memory_of(self, rows: list[int]) -> Memory | None:
+        return self.memory if self.memory is None or len(rows) == self.cache.rows else self.memory.of(rows)
+
+
+def _together(said: list[tuple[list[int], Tensor]]) -> Float[Tensor, "row token"]:
+    """The answers of all rows, in the rows' order."""
+    if len(said) == 1:
+        return said[0][1]
+    places = [place for part, _ in said for place in part]
+    return torch.cat([answer for _, answer in said])[sorted(range(len(places)), key=places.__getitem__)]

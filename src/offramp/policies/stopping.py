@@ -52,6 +52,10 @@ class Stopping:
         check_mixture(self.weights, self.biases, self.values, "values", "[E 4]")
         object.__setattr__(self, "thresholds", as_floats(self.thresholds, "thresholds"))
         object.__setattr__(self, "enabled", as_flags(self.enabled))
+        cpu = torch.device("cpu")
+        weights, biases = self.weights.tensor(cpu), self.biases.tensor(cpu)
+        alone = (weights == torch.eye(len(weights))).all(1) & (biases == 0).all(1)
+        object.__setattr__(self, "_alone", tuple(alone.tolist()))  # exits that answer alone, with nothing to mix
 
     def init(self, seen: Evidence) -> State:
         """(log p of the visited exits, float32 [batch 0 cls]; the label of the mixture before, int64 [batch]).
@@ -65,9 +69,11 @@ class Stopping:
         """Stop where the mixture is sure enough, or where going on is not worth its price."""
         past, before = state
         device = seen.logits.device
-        said = torch.cat([past, torch.log_softmax(seen.logits.float(), dim=-1)[:, None]], dim=1)
-        visited = [j for j in range(k + 1) if j == k or self.enabled is None or self.enabled[j]]
-        answer = mix(said, self.weights.tensor(device)[k][visited], self.biases.tensor(device)[k])
+        answer = torch.log_softmax(seen.logits.float(), dim=-1)
+        said = torch.cat([past, answer[:, None]], dim=1)
+        if not self._alone[k]:  # type: ignore[attr-defined]
+            visited = [j for j in range(k + 1) if j == k or self.enabled is None or self.enabled[j]]
+            answer = mix(said, self.weights.tensor(device)[k][visited], self.biases.tensor(device)[k])
         surest, label = answer.max(dim=-1)
         if self.values is None:
             score = surest.exp()
