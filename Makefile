@@ -66,20 +66,20 @@ experiments/eenet-sst2 experiments/eenet-ag_news: experiments/eenet-%: $(VENV)/.
 	$(BIN)/python -m experiments.eenet.table $*
 
 experiments/scenes experiments/coco: experiments/%: $(VENV)/.dev ## train decoders with token-level exits, hours, and judge policies (set OFFRAMP_DATA=DIR)
-	for variant in joint joint-exits plain exits shallow-1 shallow-2 shallow-3 shallow-4 $(MORE_$*); do \
+	for variant in joint joint-exits plain shallow-1 shallow-2 shallow-3 shallow-4 $(MORE_$*); do \
 		$(BIN)/python -m experiments.tokens.train $* $$variant --data $(DATA) || exit 1; done
 	for variant in joint-exits $(MORE_$*); do $(BIN)/python -m experiments.tokens.table $* $$variant --data $(DATA) || exit 1; done
-	for variant in joint-exits $(TIMED_$*); do $(BIN)/python -m experiments.tokens.speed $* $$variant --data $(DATA) || exit 1; done
+	$(BIN)/python -m experiments.tokens.speed $* joint-exits --data $(DATA)
 
 MORE_scenes := exits whole-keys
-TIMED_scenes := exits
 
 experiments/flickr8k: $(VENV)/.dev ## the same on photographs of Flickr8k (set OFFRAMP_DATA=DIR)
 	for variant in plain exits heads; do \
 		$(BIN)/python -m experiments.tokens.train flickr8k $$variant --data $(DATA) || exit 1; done
 	$(BIN)/python -m experiments.tokens.table flickr8k exits --data $(DATA)
 
-experiments/heads: experiments/coco ## kinds of vocabulary heads on the decoder of COCO (set OFFRAMP_DATA=DIR)
+experiments/heads: $(VENV)/.dev ## kinds of vocabulary heads on a decoder of COCO's texts (set OFFRAMP_DATA=DIR)
+	for variant in plain exits; do $(BIN)/python -m experiments.tokens.train coco $$variant --data $(DATA) || exit 1; done
 	$(BIN)/python -m experiments.tokens.heads --data $(DATA)
 
 results: $(VENV)/.dev ## make the tables and pictures of docs/results.md from results/

@@ -225,7 +225,7 @@ def speed(name: str) -> list[str]:
 
 TEXTS = {"scenes": "scenes", "coco": "captions of COCO", "flickr8k": "photographs"}
 KINDS = {"max-prob": "max-prob", "calm": "CALM (margin, thresholds that fall)", "patience": "patience (PABEE)",
-         "beem-a": "BEEM-A", "stopping": "stopping (ours)"}  # fmt: skip
+         "beem-a": "BEEM-A", "stopping": "stopping (ours)", "fixed": "all tokens at one exit"}  # fmt: skip
 
 
 def lost(row: dict[str, Any]) -> str:
