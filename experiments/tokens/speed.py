@@ -269,8 +269,7 @@ def speeds(
     trace = record_tokens(model, rows_of(task, "calibrate", data, cache, limit=limit).rows)
     setting = Setting(task, model, data, cache, limit)
     given, encoded = setting.prompts("test", 8)
-    sizes = (1, 2, 4, 8)
-    costs = measure_tokens(model, given, batch_sizes=sizes, rounds=15, encoded=encoded)
+    costs = measure_tokens(model, given, batch_sizes=(), encoded=encoded)
     whole, _ = setting.judges["test"](None)
     found = kept_promises(setting, trace, costs, whole, folder_of(task, variant, seed, runs))
     rules = {row["family"]: TokenPolicy(from_dict(row["policy"])) for row in found if row["policy"] is not None}
@@ -285,7 +284,7 @@ def speeds(
                 **drop(task, whole, early),
             }
     print("timing, for which the machine should be idle ...", flush=True)
-    batches = {}
+    costs, batches = measure_tokens(model, given, batch_sizes=(1, 2, 3, 4, 6, 8), rounds=40, encoded=encoded), {}
     for size in (1, 8):
         writers = {"plain": setting.writer(None, "test", count * size, size)}
         if size == 1:
