@@ -153,8 +153,9 @@ def kept_promises(
     """For each family the policy that keeps the promise, and what it loses on the test texts. They are kept beside the
     weights, because they take longer than all that is timed."""
     path = folder / "certified.json"
-    told = {"share": SHARE, "rise": RISE, "delta": DELTA, "texts": setting.judges["certify"].count,
-            "weights": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()}  # fmt: skip
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    told = {"share": SHARE, "rise": RISE, "delta": DELTA, "rungs": list(RUNGS),
+            "texts": setting.judges["certify"].count, "weights": weights}  # fmt: skip
     found = list[dict[str, Any]]()
     if path.exists() and (before := json.loads(path.read_text(encoding="utf-8")))["told"] == told:
         found = before["rows"]
