@@ -190,7 +190,7 @@ def timed(writers: dict[str, Callable[[], Any]], seconds: float) -> dict[str, di
 
 def reading(setting: Setting, count: int, size: int, rounds: int = 5) -> float:
     """Seconds that the whole decoder reads the prompts of the first texts for, so many at once, but their last tokens;
-    0 where a prompt is one token. What follows a prompt may leave early, the prompt itself may not."""
+    0 where a prompt is one token. Layers that no new token comes to do not read it."""
     given, encoded = setting.prompts("test", count)
     taken = []
     for _ in range(rounds):
@@ -207,8 +207,10 @@ def reading(setting: Setting, count: int, size: int, rounds: int = 5) -> float:
 
 def promised_by_stages(setting: Setting, rule: TokenPolicy, costs: CostModel, size: int, count: int) -> float:
     """The speed-up that the measured stages allow, at the sizes that reach each of them at each step."""
-    plain = early = read = reading(setting, count, size)
-    for said in setting.writer(rule, "test", count, size)():
+    plain = read = reading(setting, count, size)
+    early, written = 0.0, setting.writer(rule, "test", count, size)()
+    for said in written:
+        early += read / len(written) * _depth(setting.model, max(map(max, said.exits)))
         for t in range(max(map(len, said.exits))):
             left = [0] * setting.model.exits
             for row in said.exits:
@@ -220,8 +222,13 @@ def promised_by_stages(setting: Setting, rule: TokenPolicy, costs: CostModel, si
     return plain / early
 
 
+def _depth(model: TokenExits, k: int) -> float:
+    """The share of the layers before exit k."""
+    return (model.at[k] + 1) / model.decoder.layers if k < len(model.at) else 1.0
+
+
 def forced(setting: Setting, seconds: float, count: int) -> list[dict[str, float]]:
-    """Every token at one exit, against the prompt read, that share of the layers and that exit's head, all measured."""
+    """Every token at one exit, against that share of the layers, for the prompt too, and its head, all measured."""
     model, exits = setting.model, setting.model.exits
     hidden = torch.randn(1, model.decoder.width)
     with torch.inference_mode():
@@ -236,7 +243,7 @@ def forced(setting: Setting, seconds: float, count: int) -> list[dict[str, float
     plain_s = (1 / speeds["plain"]["tokens_per_s"] - read_s) * tokens / (tokens - texts)
     found = []
     for k in range(exits - 1):
-        ideal = read_s + (plain_s - last) * (model.at[k] + 1) / model.decoder.layers + heads[str(k)].median_s
+        ideal = (read_s + plain_s - last) * _depth(model, k) + heads[str(k)].median_s
         found.append({"exit": k, "layer": model.at[k] + 1, **speeds[str(k)],
                       "kept": ideal * speeds[str(k)]["tokens_per_s"]})  # fmt: skip
     return found

@@ -29,7 +29,7 @@ from offramp.generation import (  # noqa: E402
 )
 from offramp.generation.reference import _whole  # noqa: E402
 from offramp.generation.rehearsal import rehearsed  # noqa: E402
-from offramp.policies import BEEM, Array, Entropy, Margin, MaxProb, Patience, Stopping  # noqa: E402
+from offramp.policies import BEEM, Array, Entropy, Fixed, Margin, MaxProb, Patience, Stopping  # noqa: E402
 from offramp.tokenrows import TokenRows  # noqa: E402
 
 WORDS, LAYERS = 97, 5
@@ -159,6 +159,19 @@ def test_rules_for_tokens_are_what_no_cache_gives(network: Any, rule: str) -> No
     fast = generate(model, RULES[rule], given, max_new_tokens=12)
     assert (fast.tokens, fast.exits) == (slow.tokens, slow.exits)
     assert fast.exits != generate(model, RULES[rule].policy, given, max_new_tokens=12).exits
+
+
+@pytest.mark.parametrize("behind", [0, 2])
+def test_layers_that_no_token_comes_to_do_not_read_the_prompts(network: Any, behind: int) -> None:
+    model = attach_tokens(network, tuple(range(LAYERS - 1)))
+    ran = list[tuple[int, int]]()
+    layer = model.decoder.layer
+    model.decoder.layer = lambda j, hidden, *other: ran.append((j, hidden.shape[1])) or layer(j, hidden, *other)
+    given, longest = prompts(3), max(map(len, prompts(3)))
+    said = generate(model, TokenPolicy(Fixed(behind, LAYERS)), given, max_new_tokens=3)
+    assert said.exits == ((behind,) * 3,) * 3
+    assert {j for j, _ in ran} == set(range(behind + 1))
+    assert [j for j, tokens in ran if tokens == longest - 1] == list(range(behind + 1))  # each once
 
 
 def test_thresholds_that_decay() -> None:

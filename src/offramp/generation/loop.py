@@ -180,6 +180,7 @@ class Run:
         self.memory = None if encoded is None else self.decoder.memory(encoded)
         self.leave_by(rule)
         self.policy: Policy | None = None  # of the step that is under way
+        self.read_by = self.decoder.layers  # so many layers have read the prompts
 
     def leave_by(self, rule: TokenPolicy | None) -> None:
         """Nothing; tokens leave by this rule from now on."""
@@ -208,30 +209,43 @@ class Run:
             logits, left = self.step(rows, [tokens[row][-1] for row in rows])
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> tuple[Float[Tensor, "row token"], list[int]]:
-        """(logits, exits) of the first new token. The whole decoder reads the prompts but their last tokens, behind
-        which the first new ones may leave; without exits it reads them in one pass."""
+        """(logits, exits) of the first new token. A layer reads the prompts, but their last tokens, when a new token
+        first comes to it; without exits the whole decoder reads them in one pass."""
         if self.rule is None:
             return self.read(prompts), [self.model.exits - 1] * len(prompts)
         if any(len(prompt) > 1 for prompt in prompts):
-            self._pass([prompt[:-1] for prompt in prompts])
+            self._given([prompt[:-1] for prompt in prompts])
+            if self.cache.at_once:
+                self._read_until(self.decoder.layers)
         return self.step(list(range(len(prompts))), [prompt[-1] for prompt in prompts])
 
     def read(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "row token"]:
         """The logits behind every prompt, read by the whole decoder."""
-        hidden = self._pass(prompts)
+        self._given(prompts)
+        self._read_until(self.decoder.layers)
         last = torch.tensor(self.lengths, device=self.device) - 1
-        return self.model.said(self.model.exits - 1, hidden[torch.arange(len(prompts), device=self.device), last])
+        behind = self.prompts[torch.arange(len(prompts), device=self.device), last]
+        return self.model.said(self.model.exits - 1, behind)
 
-    def _pass(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "row new dim"]:
-        """The hidden states behind the last layer; the prompts are in the cache, and padding behind them is not."""
+    def _given(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Nothing; the prompts are there, and no layer has read them."""
         self.lengths = [len(prompt) for prompt in prompts]
+        self.given = list(self.lengths)
         longest = max(self.lengths)
         ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self.device)
         positions = torch.arange(longest, device=self.device).expand(len(prompts), longest)
-        hidden, store = self.decoder.embed(ids, positions), self.cache.prompts(self.lengths)
-        for j in range(self.decoder.layers):
-            hidden = self.decoder.layer(j, hidden, positions, store, self.memory)
-        return hidden
+        self.prompts: Float[Tensor, "row given dim"] = self.decoder.embed(ids, positions)
+        self.read_by = 0
+
+    def _read_until(self, layers: int) -> None:
+        """Nothing; so many layers have read the prompts, and padding behind them is not in the cache."""
+        if self.read_by >= layers:
+            return
+        positions = torch.arange(self.prompts.shape[1], device=self.device).expand(self.prompts.shape[:2])
+        store = self.cache.prompts(self.given)
+        for j in range(self.read_by, layers):
+            self.prompts = self.decoder.layer(j, self.prompts, positions, store, self.memory)
+        self.read_by = layers
 
     def step(self, rows: list[int], tokens: list[int]) -> tuple[Tensor, list[int]]:
         """(logits, exits) of the token behind these, which are put into the cache: one for each of these rows."""
@@ -248,6 +262,7 @@ class Run:
         left = [self.model.exits - 1] * len(rows)
         state: State | None = None
         for j in range(self.decoder.layers):
+            self._read_until(j + 1)
             hidden = self.decoder.layer(j, hidden, spots, store, memory)
             k = self.exit_behind.get(j)
             if k is None:
@@ -279,6 +294,8 @@ class Run:
         """Row i goes on with what row rows[i] was."""
         self.cache.reorder(rows)
         self.lengths = [self.lengths[row] for row in rows]
+        if self.read_by < self.decoder.layers:
+            self.given, self.prompts = [self.given[row] for row in rows], self.prompts[list(rows)]
         if self.memory is not None:
             self.memory = self.memory.of(rows)
 
