@@ -50,8 +50,8 @@ experiments/beem: $(VENV)/.dev ## train what BEEM's table and the recipes need: 
 experiments/beem-table: $(VENV)/.dev ## judge policies and recipes on what results/beem has
 	$(BIN)/python -m experiments.beem.table $(ARGS)
 
-experiments/beem-speed: $(VENV)/.dev ## measure the speed of the trained exits on SST-2 (set OFFRAMP_DATA=DIR)
-	$(BIN)/python -m experiments.beem.speed sst2 --data $(DATA) $(ARGS)
+experiments/beem-speed: $(VENV)/.dev ## measure the speed of the trained exits, idle machine, half an hour (set OFFRAMP_DATA=DIR)
+	for task in sst2 rte mrpc cola qnli; do $(BIN)/python -m experiments.beem.speed $$task --data $(DATA) $(ARGS) || exit 1; done
 
 experiments/eenet-cifar10: $(VENV)/.dev ## train ResNet-56 with exits on CIFAR-10, hours, and judge policies (set OFFRAMP_DATA=DIR)
 	for network in basic tuned; do $(BIN)/python -m experiments.eenet.train $$network --data $(DATA) $(ARGS) || exit 1; done

@@ -163,8 +163,9 @@ def cell(task: str, name: str, seed: int, data: Path, runs: Path, *, progress: b
     recipe = replace(common, **dict(variant.recipe))
     teacher = None
     if variant.after is not None:
-        _begin_with(model, folder_of(task, variant.after, seed, runs))
-        teacher = predict(model, train_rows, batch_size=64)[0][-1]
+        before = folder_of(task, variant.after, seed, runs)
+        _begin_with(model, before)
+        teacher = _teacher(model, train_rows, before / "teacher.safetensors")
     report = train(
         model, train_rows, objective=variant.objective, recipe=recipe, teacher=teacher, validation=held_out,
         checkpoint=folder / "checkpoint", progress=progress,
@@ -185,6 +186,14 @@ def cell(task: str, name: str, seed: int, data: Path, runs: Path, *, progress: b
     (folder / "checkpoint" / "train.safetensors").unlink(missing_ok=True)
     (folder / "checkpoint" / "teacher.safetensors").unlink(missing_ok=True)
     return value
+
+
+def _teacher(model: Any, rows: Examples, path: Path) -> torch.Tensor:
+    """What the network that a training begins with says of the training rows; made once for all that begin with it."""
+    if not path.exists():
+        said = predict(model, rows, batch_size=64)[0][-1].contiguous()
+        write_atomically(path, lambda to: save_file({"logits": said}, to))
+    return load_file(path)["logits"]
 
 
 def _begin_with(model: Any, folder: Path) -> None:

@@ -44,8 +44,7 @@ def plan() -> list[Cell]:
     cells += [(task, name, 0) for name in ("static-2", "static-4") for task in TASKS]
     cells += [("ag_news", name, 0) for name in ("plain", BEST, "static-3")]
     cells += [(task, name, seed) for seed in (1, 2) for name in ("plain", BEST, "static-3") for task in SMALL]
-    cells += [(task, name, 0) for name in ABLATION for task in ("sst2", "rte", "cola", "mrpc", "qnli")]
-    cells += [(task, name, 0) for name in JOINT for task in TASKS]
+    cells += [(task, name, 0) for name in (*JOINT, *ABLATION) for task in ("cola", "rte", "mrpc", "qnli", "sst2")]
     cells += [("sst2-full", name, 0) for name in ("plain", BEST, "static-3", "static-2", "static-4")]
     return list(dict.fromkeys(cells))
 

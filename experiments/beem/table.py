@@ -1,23 +1,28 @@
 """BEEM's table and the ablation of training recipes, from what `run.py` kept in results/beem: policies calibrated on
 one half of the held-out rows and judged on the other, halves swapped, ten times. Writes results/beem/table.json.
 
-    python -m experiments.beem.table                      # what is trained so far; about half an hour on one core
+    python -m experiments.beem.table                      # what is trained so far; about an hour of two cores
 
-"plain" is the network fine-tuned without exits, "static-k" its first k layers fine-tuned alone.
+What is judged is kept in runs/beem/judged; given again, it goes on. "plain" is the network fine-tuned without exits,
+"static-k" its first k layers fine-tuned alone.
 """
 
 import argparse
+import hashlib
 import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from experiments.beem.cells import LAYERS, VARIANTS
 from experiments.beem.run import ABLATION, BASE, BEST, JOINT, SMALL, TASKS
-from experiments.judge import Cells, alone, answers, difference, told
+from experiments.judge import METRICS, Cells, NearPlain, alone, answers, difference, margin_of, told
 
 from offramp import Budget, ErrorRate, MaxDrop
-from offramp.artefacts import write_json
+from offramp.artefacts import write_atomically, write_json
 from offramp.meter import Meter
 from offramp.pools import halves
 from offramp.tasks import TEXT_TASKS
@@ -26,21 +31,23 @@ FAMILIES = (
     "max-prob", "entropy", "patience", "f-pabee", "ztw", "jei-dnn", "eenet", "beem-c", "beem-a", "stopping",
 )  # fmt: skip
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7)
-REPEATS = 10
+LEADING = ("max-prob", "stopping")  # these are judged beside the static networks
+STATICS = ("static-2", "static-3", "static-4")
+SEEDS = (0, 1, 2)
+REPEATS, RECIPE_REPEATS = 10, 10
 RESULTS = Path("results/beem")
 
 
-def recipes(task: str, cells: Cells, progress: Any) -> list[dict[str, Any]]:
+def recipes(task: str, cells: Cells) -> list[dict[str, Any]]:
     """Every recipe: each exit alone, and how right max-prob and BEEM-A are at every budget; the mean over budgets and
     its paired difference to the recipe that the others differ from in one thing."""
     table, base = [], None
     for name in (BASE, *(each for each in (*ABLATION, *JOINT) if each != BASE)):
         got = cells(task, name, 0)
-        progress()
         if got is None:
             continue
         trace, costs = got
-        pools = halves(trace, REPEATS)
+        pools = halves(trace, RECIPE_REPEATS)
         frontier: dict[str, list[dict[str, Any]]] = {}
         right = torch.zeros(trace.rows, dtype=torch.float64)
         for family in ("max-prob", "beem-a"):
@@ -56,56 +63,124 @@ def recipes(task: str, cells: Cells, progress: Any) -> list[dict[str, Any]]:
     return table
 
 
-def policies(task: str, seed: int, cells: Cells, progress: Any) -> dict[str, Any] | None:
-    """Every family on the exits of the best recipe, at every budget and at accuracy at or above the last exit."""
-    got, plain = cells(task, BEST, seed), cells(task, "plain", seed)
-    if got is None:
+def policies(task: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every family on the exits of the best recipe: at every budget, at accuracy at or above the last exit, near the
+    plain network, and at the cost of every static network; means over training seeds, with each seed's beside."""
+    plain, last = _over([each["plain"] for each in seeds]), _over([each["last"] for each in seeds])
+    statics = {name: _over([each["static"][name] for each in seeds if name in each["static"]])
+               for name in STATICS if name in seeds[0]["static"]}  # fmt: skip
+    rows = []
+    for key in seeds[0]["rows"]:  # other seeds may have fewer static networks
+        row = _over([each["rows"][key] for each in seeds if key in each["rows"]])
+        rows.append(told(row, plain=plain, static=statics.get(row.get("static", ""))))
+    return {
+        "task": task, "seeds": [each["seed"] for each in seeds], "metric": seeds[0]["metric"], "rows": rows,
+        "static": {name: {"cost": VARIANTS[name].layers / LAYERS, **told(row, plain=plain)}
+                   for name, row in statics.items()},
+        "held_out": len(plain["right"]),
+        "margin": sum(each["margin"] for each in seeds) / len(seeds), "plain": told(plain),
+        "last": told(last, plain=plain),
+        "exits": [told(_over([each["exits"][k] for each in seeds])) for k in range(LAYERS)],
+    }  # fmt: skip
+
+
+def one_seed(task: str, seed: int, cells: Cells) -> dict[str, Any] | None:
+    """One seed's rows of right answers and figures; None when it is not trained."""
+    got, other = cells(task, BEST, seed), cells(task, "plain", seed)
+    if got is None or other is None:
         return None
     trace, costs = got
-    pools = halves(trace, REPEATS)
-    base = None if plain is None else alone(plain[0], LAYERS - 1)
-    metric = TEXT_TASKS[task.removesuffix("-full")].metric
-    rows = []
+    pools, metric = halves(trace, REPEATS), TEXT_TASKS[task.removesuffix("-full")].metric
+    static = {name: each[0] for name in STATICS if (each := cells(task, name, seed))}
+    margin = margin_of(task, other[0], metric)
+    rows = dict[tuple[str, str], dict[str, Any]]()
     for family in FAMILIES:
         targets: list[Any] = [*(Budget(fraction=b) for b in BUDGETS), MaxDrop(0.0, metric)]
+        targets.append(NearPlain(other[0], margin, metric))
         if family.startswith("beem"):
             targets.append(ErrorRate())
-        for found in answers(trace, costs, family, targets, pools):
-            rows.append({"family": family, **told(found, plain=base)})
-        progress()
-    statics = {}
-    for name in ("static-2", "static-3", "static-4"):
-        other = cells(task, name, seed)
-        if other is not None:
-            statics[name] = {"cost": VARIANTS[name].layers / LAYERS, **told(alone(other[0], 0), plain=base)}
+        for place, each in enumerate(answers(trace, costs, family, targets, pools)):
+            rows[family, str(place)] = {"family": family, **each}
+        if family in LEADING:
+            same = {name: Budget(fraction=VARIANTS[name].layers / LAYERS) for name in static}
+            found = answers(trace, costs, family, list(same.values()), pools)
+            for name, each in zip(same, found, strict=True):
+                rows[family, name] = {"family": family, "static": name, **each}
     return {
-        "task": task, "seed": seed, "metric": metric, "rows": rows, "static": statics, "held_out": trace.rows,
-        "plain": None if base is None else told(base), "last": told(alone(trace, LAYERS - 1), plain=base),
-        "exits": [told(alone(trace, k)) for k in range(trace.exits)],
+        "seed": seed, "metric": metric, "rows": rows, "margin": margin, "plain": alone(other[0], LAYERS - 1),
+        "static": {name: alone(each, 0) for name, each in static.items()}, "last": alone(trace, LAYERS - 1),
+        "exits": [alone(trace, k) for k in range(trace.exits)],
     }  # fmt: skip
+
+
+def _over(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over training seeds of the same figures; of metrics also each seed's."""
+    first = found[0]
+    row = {name: value for name, value in first.items() if isinstance(value, str)}
+    for name in ("right", "cost", "shares", *METRICS):
+        if name in first:
+            values = torch.stack([torch.as_tensor(each[name], dtype=torch.float64) for each in found])
+            row[name] = values.mean(0) if name == "right" else values.mean(0).tolist()
+            if name in METRICS:
+                row[f"{name}_of_seeds"] = values.tolist()
+    row["status"] = "/".join(sorted({each["status"] for each in found})) if "status" in first else "alone"
+    return row
+
+
+def _judged(work: tuple[str, str, int, Path, Path]) -> Any:
+    """In a process of its own: the recipes of a task, or a seed of it with all policies. It is kept with what it was
+    made from, and not made again."""
+    what, task, seed, results, runs = work
+    torch.set_num_threads(1)
+    cells = Cells(results)
+    made_from = {
+        "weights": {name: cell["weights_sha256"] for name, cell in cells.told.items()
+                    if cell["task"] == task and cell["seed"] == seed},
+        "with": [what, FAMILIES, BUDGETS, LEADING, STATICS, REPEATS, RECIPE_REPEATS],
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    path = runs / "judged" / f"{what}-{task}-{seed}-{digest[:16]}.pt"
+    if not path.exists():
+        found = recipes(task, cells) if what == "recipes" else one_seed(task, seed, cells)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda to: torch.save(found, to))
+    return torch.load(path, weights_only=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--runs", type=Path, default=Path("runs/beem"))
     parser.add_argument("--only", default=",".join((*TASKS, "sst2-full")), help="tasks, with commas")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    cells, tasks = Cells(options.results), options.only.split(",")
-    wanted = [(task, 0) for task in tasks] + [(task, seed) for task in tasks if task in SMALL for seed in (1, 2)]
+    tasks = options.only.split(",")
+    wanted = [("seed", task, seed) for task in tasks for seed in SEEDS if seed == 0 or task in SMALL]
+    wanted += [("recipes", task, 0) for task in tasks]
+    work = [(*each, options.results, options.runs) for each in wanted]
+    done = list[Any]()
+    with (
+        Meter("tables", len(work), show=True) as meter,
+        ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool,
+    ):
+        for each in pool.map(_judged, work):
+            done.append(each)
+            meter.advance()
+    by = dict(zip(wanted, done, strict=True))
+    ablation = {task: by["recipes", task, 0] for task in tasks if by["recipes", task, 0]}
+    tables = [
+        policies(task, found)
+        for task in tasks
+        if (found := [by["seed", task, seed] for seed in SEEDS if by.get(("seed", task, seed))])
+    ]
     out = options.results / "table.json"
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"recipes": {}, "policies": []}
-    steps = len(tasks) * len((*ABLATION, *JOINT)) + len(wanted) * len(FAMILIES)
-    with Meter("tables", steps, show=True) as meter:
-        ablation = {task: found for task in tasks if (found := recipes(task, cells, meter.advance))}
-        tables = [found for task, seed in wanted if (found := policies(task, seed, cells, meter.advance))]
-    kept = [table for table in before["policies"] if table["task"] not in tasks]
     value = {
         "budgets": BUDGETS, "repeats": REPEATS, "best": BEST, "recipes": {**before["recipes"], **ablation},
-        "policies": kept + tables,
+        "policies": [table for table in before["policies"] if table["task"] not in tasks] + tables,
     }  # fmt: skip
     write_json(out, value)
-    print(f"wrote {out}: {len(cells.told)} trainings, {len(value['policies'])} tables")
+    print(f"wrote {out}: {len(Cells(options.results).told)} trainings, {len(value['policies'])} tables")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every number in docs/results.md is what results/ gives."""
+"""Every number in docs/results.md, and of tokens in the README, is what results/ gives."""
 
 import sys
 from pathlib import Path
@@ -16,19 +16,22 @@ def render(monkeypatch: pytest.MonkeyPatch):
         del sys.modules[name]
 
 
-def test_the_page_is_what_the_results_give(render) -> None:
-    page = render.PAGE.read_text(encoding="utf-8")
-    assert render.rendered(page) == page, "run: make results"
-    names = {match[2].partition("-")[0] for match in render.BLOCK.finditer(page)}
+def test_the_pages_are_what_the_results_give(render) -> None:
+    names = set()
+    for page in render.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert render.rendered(text) == text, f"{page}: run make results"
+        names |= {match[2].partition("-")[0] for match in render.BLOCK.finditer(text)}
     assert names == set(render.BLOCKS)
 
 
-def test_a_changed_figure_changes_the_page(render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = render.PAGE.read_text(encoding="utf-8")
-    monkeypatch.setattr(render, "RESULTS", tmp_path)
-    emptied = render.rendered(page)
-    assert emptied.count("Not measured yet.") == len(render.BLOCK.findall(page))
-    assert emptied != page
+def test_a_changed_figure_changes_the_pages(render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = [page.read_text(encoding="utf-8") for page in render.PAGES]
+    monkeypatch.setattr(sys.modules["experiments.page"], "RESULTS", tmp_path)
+    for page in pages:
+        emptied = render.rendered(page)
+        assert emptied.count("Not measured yet.") == len(render.BLOCK.findall(page))
+        assert emptied != page
 
 
 def test_pictures_of_the_page_are_there(render) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offramp.calibrate import Calibration, MaxDrop, calibrate
+from offramp.choices import calibrator_of
 from offramp.compare import CHOICES, calibrate_choice, compare, compare_pooled, halves
 from offramp.cost import CostModel
 from offramp.errors import DataError, ValueRangeError
@@ -120,3 +121,20 @@ def test_comparisons_show_another_metric_beside_accuracy() -> None:
     (pooled,) = compare_pooled(halves(fit, 2), fit.rows, COSTS, MaxDrop(0.02), ["max-prob"], metric="macro-f1")
     assert pooled.value_low < pooled.value < pooled.value_high
     assert pooled.value != pooled.accuracy
+
+
+def test_a_budget_that_several_targets_try_is_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, fitted = trace(), list[float]()
+    calibrator = calibrator_of("eenet", rows, COSTS)
+    ladder, at = type(calibrator.ladder), type(calibrator.ladder).at
+
+    def counted(self, spend_of):
+        fitted.append(spend_of((True,) * 4).amount)
+        return at(self, spend_of)
+
+    monkeypatch.setattr(ladder, "at", counted)
+    calibrator.to(MaxDrop(0.02), None)
+    once = len(fitted)
+    calibrator.to(MaxDrop(0.02, "macro-f1"), None)
+    assert once > 1
+    assert len(fitted) == len(set(fitted)) < 2 * once

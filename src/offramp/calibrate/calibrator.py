@@ -62,6 +62,7 @@ class Calibrator:
         self.start, self.ladder = ladder_of(family, trace, costs, self.flags, options or Options())
         self.off = switched_off(self.start, trace)
         self._sweep = Sweep(trace, costs)
+        self._made: dict[Budget, Calibration] = {}  # largest drops of two metrics try the same budgets
         self._path: list[Policy] | None = None
         self._said: tuple[ExitTrace, list[Said]] | None = None
 
@@ -90,7 +91,12 @@ class Calibrator:
         return self._to_risk(target, certify) if isinstance(target, Risk) else self._to_both(target, certify)
 
     def to_budget(self, target: Budget) -> Calibration:
-        """The policy of the family that spends most of a budget."""
+        """The policy of the family that spends most of a budget; made once for each."""
+        if target not in self._made:
+            self._made[target] = self._to_budget(target)
+        return self._made[target]
+
+    def _to_budget(self, target: Budget) -> Calibration:
         exits = self.trace.exits
         if target.amount >= self.costs.spent([0.0] * (exits - 1) + [1.0], target, _only_last(exits)):
             return self._result(self.off, target)
