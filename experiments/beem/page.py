@@ -92,13 +92,14 @@ def static(_: str) -> list[str]:
     """Exits at the cost of networks of fewer layers, beside them."""
     lines = []
     for each in judged():
+        metric = each["metric"]
         for name, other in each["static"].items():
             rows = [row for row in each["rows"] if row.get("static") == name]
             lines.append([
-                titled(each), name.removeprefix("static-"), spread(other, each["metric"]),
-                *(f"{percent(row[each['metric']])}, {points(row['less_static'])}" for row in rows),
+                TASKS[each["task"]], name.removeprefix("static-"), str(len(other[f"{metric}_of_seeds"])),
+                spread(other, metric), *(f"{percent(row[metric])}, {points(row['less_static'])}" for row in rows),
             ])  # fmt: skip
-    head = ["task", "layers", "alone", "max-prob at their cost, accuracy less theirs", "stopping (ours)"]
+    head = ["task", "layers", "trainings", "alone", "max-prob at their cost, accuracy less theirs", "stopping (ours)"]
     return grid(head, lines) if lines else NOTHING
 
 
