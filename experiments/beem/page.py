@@ -195,7 +195,7 @@ def drawn(pictures: Path) -> list[Path]:
                           xytext=(4, -9), textcoords="offset points")  # fmt: skip
         axes.set_xlabel("counted cost, % of the plain network (heads included)")
         axes.set_ylabel(f"{metric}, %")
-        axes.set_title(f"{titled(each)}: rows that neither training nor calibration saw", fontsize=9)
+        axes.set_title(f"{titled(each)}\nrows that neither training nor calibration saw", fontsize=9)
         figure.legend(fontsize=6, loc="outside right upper")  # beside the curves, not over them
         axes.grid(alpha=0.25)
         pictures.mkdir(parents=True, exist_ok=True)
