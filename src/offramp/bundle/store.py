@@ -164,15 +164,21 @@ def _fill(folder: Path, writers: Mapping[str, tuple[str, Write]], fields: Mappin
     _sync(folder)
     named = {entry.name for entry in files.values()}
     for path in folder.iterdir():  # files of ours that nothing names any more; whatever else lies here stays
-        if path.name not in named and (NAME.fullmatch(path.name) or _is_partial(path.name)):
+        if path.name in named:
+            continue
+        if _is_partial(path.name) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif NAME.fullmatch(path.name) or _is_partial(path.name):
             path.unlink(missing_ok=True)
 
 
 def _add(folder: Path, name: str, write: Write) -> Entry:
     """The entry of a file, after it was written under its checksum's name."""
     stem, dot, suffix = name.partition(".")
-    partial = folder / f".{name}.{os.getpid()}.partial"
+    room = folder / f".{name}.{os.getpid()}.partial"  # a folder: safetensors has a temporary neighbour of its own
+    partial = room / name
     try:
+        room.mkdir(exist_ok=True)
         fill(partial, write)
         digest = sha256(partial)
         entry = Entry(f"{stem}.{digest[:12]}{dot}{suffix}", digest, partial.stat().st_size)
@@ -182,7 +188,7 @@ def _add(folder: Path, name: str, write: Write) -> Entry:
                 os.fsync(file.fileno())
             os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(room, ignore_errors=True)
     return entry
 
 
