@@ -1,7 +1,7 @@
 """BEEM's table and the ablation of training recipes, from what `run.py` kept in results/beem: policies calibrated on
 one half of the held-out rows and judged on the other, halves swapped, ten times. Writes results/beem/table.json.
 
-    python -m experiments.beem.table                      # what is trained so far; about an hour of two cores
+    python -m experiments.beem.table                      # what is trained so far; about 20 minutes on two cores
 
 What is judged is kept in runs/beem/judged; given again, it goes on. "plain" is the network fine-tuned without exits,
 "static-k" its first k layers fine-tuned alone.
@@ -21,6 +21,7 @@ from experiments.beem.cells import LAYERS, VARIANTS
 from experiments.beem.run import ABLATION, BASE, BEST, JOINT, SMALL, TASKS
 from experiments.judge import METRICS, Cells, NearPlain, alone, answers, difference, margin_of, told
 
+import offramp
 from offramp import Budget, ErrorRate, MaxDrop
 from offramp.artefacts import write_atomically, write_json
 from offramp.meter import Meter
@@ -138,7 +139,8 @@ def _judged(work: tuple[str, str, int, Path, Path]) -> Any:
                     if cell["task"] == task and cell["seed"] == seed},
         "with": [what, FAMILIES, BUDGETS, LEADING, STATICS, REPEATS, RECIPE_REPEATS],
     }  # fmt: skip
-    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+    code = [path.read_bytes() for path in sorted(Path(offramp.__file__).parent.rglob("*.py"))]  # policies may change
+    digest = hashlib.sha256(b"".join([json.dumps(made_from, sort_keys=True).encode(), *code])).hexdigest()
     path = runs / "judged" / f"{what}-{task}-{seed}-{digest[:16]}.pt"
     if not path.exists():
         found = recipes(task, cells) if what == "recipes" else one_seed(task, seed, cells)

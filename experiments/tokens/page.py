@@ -5,7 +5,6 @@ from typing import Any
 from experiments.page import NOTHING, grid, loaded, percent
 
 TEXTS = {"scenes": "scenes", "coco": "captions of COCO", "flickr8k": "photographs"}
-
 KINDS = {"max-prob": "max-prob", "calm": "CALM (margin, thresholds that fall)", "patience": "patience (PABEE)",
          "beem-a": "BEEM-A", "stopping": "stopping (ours)", "fixed": "all tokens at one exit"}  # fmt: skip
 
