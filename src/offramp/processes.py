@@ -1,5 +1,6 @@
 """Several processes, on one machine or many, that train or record together, as `accelerate launch` starts them."""
 
+import atexit
 import contextlib
 import os
 import re
@@ -25,17 +26,27 @@ LOST = (
 
 def processes() -> "Processes":
     """The processes of this run: those that a launcher started, or this one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 and not _begun():
+    begun = _begun()
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 and not begun:
         return Processes(0, 1)
     from accelerate import PartialState
 
     # accelerate takes a launched process without a GPU for one alone unless it is told
     state = PartialState(cpu=not torch.cuda.is_available())
+    if not begun and _begun():
+        atexit.register(_end)
     return Processes(state.process_index, state.num_processes)
 
 
 def _begun() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _end() -> None:
+    """Nothing; gloo's threads are gone before the interpreter is: one that is left aborts the process now and then
+    (pytorch issues 179291 and 190489). NCCL ends by itself, and ending it while another process fails can hang."""
+    if _begun() and torch.distributed.get_backend() == "gloo" and not ENDING.is_set():
+        torch.distributed.destroy_process_group()
 
 
 class Processes:
