@@ -13,7 +13,7 @@ from offramp import Calibration, CostModel, ExitTrace, MaxDrop
 from offramp.artefacts import read_json
 from offramp.calibrate import Target
 from offramp.choices import calibrator_of
-from offramp.metrics import bootstrap_difference, metric_of
+from offramp.metrics import bootstrap_difference, metric_interval, metric_of
 from offramp.pools import Pool
 from offramp.sweep import Sweep
 
@@ -69,9 +69,8 @@ def margin_of(task: str, plain: ExitTrace, metric: str) -> float:
     if task.startswith("sst2"):
         return 0.003
     said, labels = plain.logits[-1].argmax(-1), plain.known_labels("the margin")
-    dice = torch.Generator().manual_seed(0)
-    drawn = [torch.randint(plain.rows, (plain.rows,), generator=dice) for _ in range(400)]
-    return max(0.005, float(torch.tensor([metric_of(metric, said[i], labels[i], plain.classes) for i in drawn]).std()))
+    low, high = metric_interval(metric, said, labels, plain.classes)
+    return max(0.005, (high - low) / (2 * 1.96))
 
 
 def answers(

@@ -1,7 +1,7 @@
 """BEEM's table and the ablation of training recipes, from what `run.py` kept in results/beem: policies calibrated on
-one half of the held-out rows and judged on the other, halves swapped, ten times. Writes results/beem/table.json.
+one half of the held-out rows and judged on the other, halves swapped, twenty times. Writes results/beem/table.json.
 
-    python -m experiments.beem.table                      # what is trained so far; about 20 minutes on two cores
+    python -m experiments.beem.table                      # what is trained so far; about 40 minutes on two cores
 
 What is judged is kept in runs/beem/judged; given again, it goes on. "plain" is the network fine-tuned without exits,
 "static-k" its first k layers fine-tuned alone.
@@ -35,7 +35,7 @@ BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7)
 LEADING = ("max-prob", "stopping")  # these are judged beside the static networks
 STATICS = ("static-2", "static-3", "static-4")
 SEEDS = (0, 1, 2)
-REPEATS, RECIPE_REPEATS = 10, 10
+REPEATS, RECIPE_REPEATS = 20, 10
 RESULTS = Path("results/beem")
 
 

@@ -1,38 +1,75 @@
 """Writing files so that a stop in the middle leaves the old file whole."""
 
+import contextlib
 import json
 import os
+import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from offramp.errors import FormatError
 
-__all__ = ["fill", "kind_of", "read_json", "write_atomically", "write_json"]
+__all__ = ["clear_partial", "filled", "kind_of", "read_json", "removed_if_left", "write_atomically", "write_json"]
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> Path:
-    """The path, after `write` filled a temporary neighbour that then took its place in one rename."""
+def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> Path:
+    """The path, after `write` filled a temporary file that then took its place in one rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{threading.get_ident()}.{os.getpid()}.partial")
-    try:
-        fill(partial, write)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
+    with filled(path, write) as partial:
         os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 
-def fill(path: Path, write: Callable[[Path], Any]) -> None:
-    """Nothing; `write` filled the file, which others may read as any new file; safetensors makes it private."""
-    path.touch()
-    mode = path.stat().st_mode
-    write(path)
-    path.chmod(mode)
+@contextlib.contextmanager
+def filled(path: Path, write: Callable[[Path], Any]) -> Iterator[Path]:
+    """A block that has a file which `write` filled and which is on the disk, to be renamed. It lies beside `path`, in a
+    hidden folder of its own that is gone afterwards: some writers, such as safetensors, put a temporary file of theirs
+    next to it. Others may read it as any new file; safetensors makes its own private."""
+    room = path.with_name(f".{path.name}.{threading.get_ident()}.{os.getpid()}.partial")
+    partial = room / path.name
+    try:
+        room.mkdir(exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode
+        write(partial)
+        partial.chmod(mode)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        yield partial
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def clear_partial(path: Path) -> None:
+    """Nothing; what killed processes were filling to take the place of `path` is gone. A running one keeps its own."""
+    if path.parent.is_dir():
+        for left in path.parent.iterdir():
+            if left.name.startswith(f".{path.name}."):
+                removed_if_left(left)
+
+
+def removed_if_left(path: Path) -> bool:
+    """Whether a file or folder was what a killed process was filling; then it is gone."""
+    pid = path.name.removesuffix(".partial").rpartition(".")[2]
+    left = path.name.startswith(".") and path.name.endswith(".partial") and pid.isdecimal() and not _alive(int(pid))
+    if left and path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    elif left:
+        path.unlink(missing_ok=True)
+    return left
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> Path:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from offramp.artefacts import write_atomically
 from offramp.errors import FormatError
 
-__all__ = ["FILE", "clear_partial", "load", "model_digest", "named_tensors", "restore_optimizer", "save"]
+__all__ = ["FILE", "load", "model_digest", "named_tensors", "restore_optimizer", "save"]
 
 FILE = "train.safetensors"
 VERSION = 1
@@ -35,12 +35,6 @@ def model_digest(model: nn.Module) -> str:
     """A checksum of the names, shapes and dtypes of the model's tensors."""
     text = json.dumps([(name, list(t.shape), str(t.dtype)) for name, t in named_tensors(model)])
     return f"crc32 {zlib.crc32(text.encode()):08x}"
-
-
-def clear_partial(folder: Path) -> None:
-    """Nothing; files that a killed run was writing are gone. One run at a time uses a folder."""
-    for partial in folder.glob(f".{FILE}.*.partial"):
-        partial.unlink(missing_ok=True)
 
 
 def save(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.checkpoints import clear_partial, load, model_digest, restore_optimizer, save
+from offramp.artefacts import clear_partial
+from offramp.checkpoints import FILE, load, model_digest, restore_optimizer, save
 from offramp.data import Examples
 from offramp.errors import DataError, FormatError
 from offramp.learner import Learner, Phase, check_teacher, phases
@@ -78,7 +79,7 @@ def train(
     learner = Learner(model, recipe, accelerator, teacher, _batches_per_epoch(data, recipe), together)
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None and together.first:
-        clear_partial(folder)
+        clear_partial(folder / FILE)
     identity = _identity(learner, objective, data)
     run = _Run(learner, data, None if validation is None else as_data(validation), folder, identity)
     with together.told_when_stopped(), learner.borrowed_model():

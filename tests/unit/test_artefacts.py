@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from offramp.artefacts import read_json, write_atomically, write_json
+from offramp.artefacts import clear_partial, read_json, write_atomically, write_json
 from offramp.errors import FormatError
 
 
@@ -42,6 +42,25 @@ def test_a_killed_write_leaves_the_old_file_whole(tmp_path):
     assert read_json(path) == {"old": 1}
     write_json(path, {"new": 2})
     assert read_json(path) == {"new": 2}
+
+
+def test_what_a_writer_leaves_beside_its_file_goes_too(tmp_path):
+    def careless(partial):  # as safetensors, which renames a file of its own
+        (partial.parent / ".tmpAbC").write_text("half")
+        partial.write_text("{}")
+
+    write_atomically(tmp_path / "v.json", careless)
+    assert os.listdir(tmp_path) == ["v.json"]
+
+
+def test_what_a_killed_process_left_is_cleared_and_what_a_running_one_fills_is_not(tmp_path):
+    dead, alive = (tmp_path / f".v.json.1.{pid}.partial" for pid in (2**22 + 1, os.getpid()))
+    other = tmp_path / f".w.json.1.{2**22 + 1}.partial"
+    for folder in (dead, alive, other):
+        folder.mkdir()
+        (folder / "v.json").write_text("half")
+    clear_partial(tmp_path / "v.json")
+    assert sorted(tmp_path.iterdir()) == sorted([alive, other])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"1", b"null", b"\xff\xfe", b'{"a": 1'])

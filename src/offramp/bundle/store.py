@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offramp.artefacts import fill, read_json, write_json
+from offramp.artefacts import clear_partial, filled, read_json, removed_if_left, write_json
 from offramp.errors import FormatError
 
 __all__ = ["KIND", "MANIFEST", "VERSION", "Entry", "Manifest", "read_manifest", "sha256", "write_store"]
@@ -85,7 +85,7 @@ def write_store(folder: str | Path, writers: Mapping[str, tuple[str, Write]], fi
         FormatError: the folder exists, is not empty, and is no bundle.
     """
     folder = Path(folder)
-    _clear_partial(folder)
+    clear_partial(folder)
     if folder.exists() and not folder.is_dir():
         raise FormatError(f"{folder} is a file; a bundle is a folder. Give another name.")
     if folder.is_dir() and any(folder.iterdir()):
@@ -164,57 +164,20 @@ def _fill(folder: Path, writers: Mapping[str, tuple[str, Write]], fields: Mappin
     _sync(folder)
     named = {entry.name for entry in files.values()}
     for path in folder.iterdir():  # files of ours that nothing names any more; whatever else lies here stays
-        if path.name in named:
-            continue
-        if _is_partial(path.name) and path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif NAME.fullmatch(path.name) or _is_partial(path.name):
+        if not removed_if_left(path) and path.name not in named and NAME.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
 def _add(folder: Path, name: str, write: Write) -> Entry:
     """The entry of a file, after it was written under its checksum's name."""
     stem, dot, suffix = name.partition(".")
-    room = folder / f".{name}.{os.getpid()}.partial"  # a folder: safetensors has a temporary neighbour of its own
-    partial = room / name
-    try:
-        room.mkdir(exist_ok=True)
-        fill(partial, write)
+    with filled(folder / name, write) as partial:
         digest = sha256(partial)
         entry = Entry(f"{stem}.{digest[:12]}{dot}{suffix}", digest, partial.stat().st_size)
         path = folder / entry.name
         if not (path.is_file() and path.stat().st_size == entry.size and sha256(path) == digest):
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
             os.replace(partial, path)
-    finally:
-        shutil.rmtree(room, ignore_errors=True)
     return entry
-
-
-def _is_partial(name: str) -> bool:
-    """Whether a name is that of something which a killed save was writing; a running one keeps its own."""
-    pid = name.removesuffix(".partial").rpartition(".")[2]
-    return name.startswith(".") and name.endswith(".partial") and pid.isdecimal() and not _alive(int(pid))
-
-
-def _clear_partial(folder: Path) -> None:
-    """Nothing; folders that a killed save was filling are gone, those of a running one stay."""
-    if not folder.parent.is_dir():
-        return
-    for path in folder.parent.glob(f".{folder.name}.*.partial"):
-        if _is_partial(path.name):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
 
 
 def _sync(folder: Path) -> None:
