@@ -82,10 +82,12 @@ def _taught(objective: Objective, **other: Any) -> Variant:
 
 VARIANTS: dict[str, Variant] = {
     "plain": Variant(FinalOnly()),
+    "plain-longer": Variant(FinalOnly(), epochs=1.5),  # as long as "longer", or as "plain" and what follows it
     **{f"static-{k}": Variant(Weighted((1.0, 0.0)), layers=k) for k in (2, 3, 4)},
     # from the pretrained network, as the papers do
     "depth": Variant(DepthWeighted()),
     "longer": Variant(DepthWeighted(), epochs=1.5),
+    "longer-self": Variant(SelfDistill(), epochs=1.5),
     "plain-first": Variant(PLAIN_FIRST, epochs=1.5),
     "heads-after": Variant(DepthWeighted(), after="plain", epochs=0.5, recipe=(("frozen", "backbone"),)),
     # from the fine-tuned network, as a user has it; one thing at a time differs from "taught"

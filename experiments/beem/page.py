@@ -16,10 +16,12 @@ RECIPES = {
     "taught-attention": "attention heads", "taught-pooler": "a projection in every head",
     "taught-self-pooler": "taught by the last exit, a projection in every head", "taught-longer": "twice as long",
     "depth": "jointly from the start, depth weights (PABEE, BEEM)",
-    "longer": "the same, for as long as the base in all",
+    "longer": "the same, for as long as the base in all (the default of `train`)",
+    "longer-self": "jointly from the start, taught by the last exit, as long",
     "plain-first": "fine-tuned, then taught by the last exit, in one run",
     "heads-after": "heads alone on the frozen network (DeeBERT)",
 }  # fmt: skip
+EQUAL = 1.5  # epochs of the recipes that cost the same, as a multiple of the plain network's
 
 
 def judged() -> list[dict[str, Any]]:
@@ -35,11 +37,23 @@ def networks(_: str) -> list[str]:
         metric = each["metric"]
         static = {name: each["static"].get(name) for name in ("static-2", "static-3", "static-4")}
         rows.append([
-            TASKS[each["task"]], str(len(each["seeds"])), metric, str(each["held_out"]), spread(each["plain"], metric),
+            TASKS[each["task"]], str(len(each["seeds"])), metric, str(each["held_out"]), str(each["repeats"]),
+            spread(each["plain"], metric),
             *(spread(s, metric) if s else "" for s in static.values()),
             " ".join(percent(e[metric]) for e in each["exits"]),
         ])  # fmt: skip
-    head = ["task", "seeds", "metric", "rows", "plain", "2 layers", "3 layers", "4 layers", "exits 1 to 6"]
+    head = [
+        "task",
+        "seeds",
+        "metric",
+        "rows",
+        "halves drawn",
+        "plain",
+        "2 layers",
+        "3 layers",
+        "4 layers",
+        "exits 1 to 6",
+    ]
     return grid(head, rows) if rows else NOTHING
 
 
@@ -129,16 +143,38 @@ def recipes(_: str) -> list[str]:
     if not table or not any(table["recipes"].values()):
         return NOTHING
     found = {task: {row["variant"]: row for row in rows} for task, rows in table["recipes"].items() if rows}
-    lines = []
+    lines, beside = [], []
     for variant, text in RECIPES.items():
-        cells = []
-        for rows in found.values():
-            row = rows.get(variant)
-            cells.append("" if row is None else percent(row["mean"]) if variant == "taught"
-                         else f"{percent(row['mean'])}, {points(row['less_base'])}")  # fmt: skip
+        rows = [each.get(variant) for each in found.values()]
+        if not any(rows):
+            continue
+        epochs = next(row["epochs"] for row in rows if row)
+        cells = ["" if row is None else percent(row["mean"]) if variant == "taught"
+                 else f"{percent(row['mean'])}, {points(row['less_base'])}" for row in rows]  # fmt: skip
+        lines.append([text, f"{epochs:.1f}", *cells])
+        if epochs == EQUAL and variant != "longer":
+            beside.append([text, *(points(row["less_default"]) if row and "less_default" in row else ""
+                                   for row in rows)])  # fmt: skip
+    tasks = [TASKS[task] for task in found]
+    return [
+        *grid(["recipe", "epochs", *tasks], lines), "",
+        "At equal cost, against learning jointly for as long:", "", *grid(["recipe", *tasks], beside), "",
+        *without(table["without"], list(found)),
+    ]  # fmt: skip
+
+
+def without(told: dict[str, dict[str, Any]], tasks: list[str]) -> list[str]:
+    """The network without exits, trained as long as the recipes."""
+    lines = []
+    for name, text in (("plain", "without exits"), ("plain-longer", "without exits, for as long as the base in all")):
+        cells, epochs = list[str](), 0.0
+        for row in (told.get(task, {}).get(name) for task in tasks):
+            more = "" if row is None or name == "plain" else f", {points(row['less_plain'])}"
+            cells.append("" if row is None else percent(row["accuracy"]) + more)
+            epochs = epochs if row is None else row["epochs"]
         if any(cells):
-            lines.append([text, *cells])
-    return grid(["recipe", *(TASKS[task] for task in found)], lines)
+            lines.append([text, f"{epochs:.1f}", *cells])
+    return grid(["accuracy of the last layer", "epochs", *(TASKS[task] for task in tasks)], lines)
 
 
 def speed(name: str) -> list[str]:

@@ -27,9 +27,10 @@ from offramp.meter import duration
 SMALL = ("rte", "mrpc", "cola", "qnli")
 TASKS = ("sst2", *SMALL)
 ABLATION = tuple(name for name in VARIANTS if name.startswith("taught"))
-JOINT = ("depth", "longer", "plain-first", "heads-after")
-BEFORE = ("plain", "static-2", "static-3", "static-4")
+JOINT = ("depth", "longer", "longer-self", "plain-first", "heads-after")
+BEFORE = ("plain", "plain-longer", "static-2", "static-3", "static-4")
 BASE = "taught"  # what the recipes differ from in one thing
+DEFAULT = "longer"  # the default of `train`, at the same cost
 BEST = "taught-self"  # what seeds 1 and 2 are trained with besides; the ablation says why
 #: guessed from steps of MRPC: an epoch with exits, one of two threads, with native bf16; SST-2's 20,000 rows in fp32
 MINUTES = {"sst2": 6, "sst2-full": 7, "rte": 1.3, "mrpc": 1.7, "cola": 0.8, "qnli": 1.3, "ag_news": 4}
@@ -44,7 +45,11 @@ def plan() -> list[Cell]:
     cells += [(task, name, 0) for name in ("static-2", "static-4") for task in TASKS]
     cells += [("ag_news", name, 0) for name in ("plain", BEST, "static-3")]
     cells += [(task, name, seed) for seed in (1, 2) for name in ("plain", BEST, "static-3") for task in SMALL]
-    cells += [(task, name, 0) for name in (*JOINT, *ABLATION) for task in ("cola", "rte", "mrpc", "qnli", "sst2")]
+    mixed = ("cola", "rte", "mrpc", "qnli", "sst2")
+    cells += [(task, name, 0) for name in (*JOINT, "plain-longer") for task in mixed]
+    cells += [(task, name, seed) for seed in (1, 2) for name in ("longer-self", DEFAULT) for task in SMALL]
+    cells += [(task, "plain-longer", seed) for seed in (1, 2) for task in SMALL]
+    cells += [(task, name, 0) for name in ABLATION for task in mixed]
     cells += [("sst2-full", name, 0) for name in ("plain", BEST, "static-3", "static-2", "static-4")]
     return list(dict.fromkeys(cells))
 

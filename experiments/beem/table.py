@@ -2,6 +2,7 @@
 one half of the held-out rows and judged on the other, halves swapped, twenty times. Writes results/beem/table.json.
 
     python -m experiments.beem.table                      # what is trained so far; about 40 minutes on two cores
+    python -m experiments.beem.table --recipes            # the ablation alone; some minutes
 
 What is judged is kept in runs/beem/judged; given again, it goes on. "plain" is the network fine-tuned without exits,
 "static-k" its first k layers fine-tuned alone.
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from experiments.beem.cells import LAYERS, VARIANTS
-from experiments.beem.run import ABLATION, BASE, BEST, JOINT, SMALL, TASKS
+from experiments.beem.run import ABLATION, BASE, BEST, DEFAULT, JOINT, SMALL, TASKS
 from experiments.judge import METRICS, Cells, NearPlain, alone, answers, difference, margin_of, told
 
 import offramp
@@ -40,9 +41,11 @@ RESULTS = Path("results/beem")
 
 
 def recipes(task: str, cells: Cells) -> list[dict[str, Any]]:
-    """Every recipe: each exit alone, and how right max-prob and BEEM-A are at every budget; the mean over budgets and
-    its paired difference to the recipe that the others differ from in one thing."""
-    table, base = [], None
+    """Every recipe: each exit alone, and how right max-prob and BEEM-A are at every budget; the mean over budgets, and
+    its paired differences to the recipe that the others differ from in one thing, and to the default of `train`."""
+    table, rights = [], dict[str, torch.Tensor]()
+    if cells(task, BASE, 0) is None:
+        return table
     for name in (BASE, *(each for each in (*ABLATION, *JOINT) if each != BASE)):
         got = cells(task, name, 0)
         if got is None:
@@ -55,13 +58,32 @@ def recipes(task: str, cells: Cells) -> list[dict[str, Any]]:
             found = answers(trace, costs, family, [Budget(fraction=b) for b in BUDGETS], pools)
             right += sum(each["right"] for each in found) / (2 * len(BUDGETS))
             frontier[family] = [told(each) for each in found]
-        base = right if base is None else base
+        rights[name] = right
         table.append({
             "variant": name, "exits": [told(alone(trace, k)) for k in range(trace.exits)], "frontier": frontier,
-            "mean": float(right.mean()), "less_base": difference(right, base),
-            "seconds": cells.told[f"{task}-{name}-0"]["seconds"],
+            "mean": float(right.mean()),
+            "epochs": epochs(name), "seconds": cells.told[f"{task}-{name}-0"]["seconds"],
         })  # fmt: skip
+    for row in table:
+        for name, base in (("less_base", BASE), ("less_default", DEFAULT)):
+            if base in rights:
+                row[name] = difference(rights[row["variant"]], rights[base])
     return table
+
+
+def longer(task: str, cells: Cells) -> dict[str, Any]:
+    """The network without exits, trained as usual and for as long as the recipes in all; paired with the former."""
+    found = dict[str, dict[str, Any]]()
+    for name in ("plain", "plain-longer"):
+        if got := cells(task, name, 0):
+            found[name] = alone(got[0], got[0].exits - 1)
+    return {name: {"epochs": epochs(name), **told(each, plain=found["plain"])} for name, each in found.items()}
+
+
+def epochs(name: str) -> float:
+    """Of a variant and of the network that it begins with, as a multiple of the plain network's."""
+    variant = VARIANTS[name]
+    return variant.epochs + (0.0 if variant.after is None else VARIANTS[variant.after].epochs)
 
 
 def policies(task: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -75,7 +97,8 @@ def policies(task: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
         row = _over([each["rows"][key] for each in seeds if key in each["rows"]])
         rows.append(told(row, plain=plain, static=statics.get(row.get("static", ""))))
     return {
-        "task": task, "seeds": [each["seed"] for each in seeds], "metric": seeds[0]["metric"], "rows": rows,
+        "task": task, "seeds": [each["seed"] for each in seeds], "repeats": REPEATS,
+        "metric": seeds[0]["metric"], "rows": rows,
         "static": {name: {"cost": VARIANTS[name].layers / LAYERS, **told(row, plain=plain)}
                    for name, row in statics.items()},
         "held_out": len(plain["right"]),
@@ -154,11 +177,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--runs", type=Path, default=Path("runs/beem"))
     parser.add_argument("--only", default=",".join((*TASKS, "sst2-full")), help="tasks, with commas")
+    parser.add_argument("--recipes", action="store_true", help="these alone; the policies' tables stay as they are")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     options = parser.parse_args()
     tasks = options.only.split(",")
-    wanted = [("seed", task, seed) for task in tasks for seed in SEEDS if seed == 0 or task in SMALL]
-    wanted += [("recipes", task, 0) for task in tasks]
+    wanted = [("recipes", task, 0) for task in tasks]
+    if not options.recipes:
+        wanted += [("seed", task, seed) for task in tasks for seed in SEEDS if seed == 0 or task in SMALL]
     work = [(*each, options.results, options.runs) for each in wanted]
     done = list[Any]()
     with (
@@ -177,12 +202,14 @@ def main() -> None:
     ]
     out = options.results / "table.json"
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"recipes": {}, "policies": []}
+    cells = Cells(options.results)
     value = {
-        "budgets": BUDGETS, "repeats": REPEATS, "best": BEST, "recipes": {**before["recipes"], **ablation},
-        "policies": [table for table in before["policies"] if table["task"] not in tasks] + tables,
+        "without": {**before.get("without", {}), **{task: longer(task, cells) for task in tasks}},
+        "budgets": BUDGETS, "best": BEST, "recipes": {**before["recipes"], **ablation},
+        "policies": [each for each in before["policies"] if options.recipes or each["task"] not in tasks] + tables,
     }  # fmt: skip
     write_json(out, value)
-    print(f"wrote {out}: {len(Cells(options.results).told)} trainings, {len(value['policies'])} tables")
+    print(f"wrote {out}: {len(cells.told)} trainings, {len(value['policies'])} tables")
 
 
 if __name__ == "__main__":
