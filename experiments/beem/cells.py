@@ -84,6 +84,7 @@ VARIANTS: dict[str, Variant] = {
     "plain": Variant(FinalOnly()),
     "plain-longer": Variant(FinalOnly(), epochs=1.5),  # as long as "longer", or as "plain" and what follows it
     **{f"static-{k}": Variant(Weighted((1.0, 0.0)), layers=k) for k in (2, 3, 4)},
+    **{f"static-{k}-longer": Variant(Weighted((1.0, 0.0)), layers=k, epochs=1.5) for k in (2, 3, 4)},
     # from the pretrained network, as the papers do
     "depth": Variant(DepthWeighted()),
     "longer": Variant(DepthWeighted(), epochs=1.5),

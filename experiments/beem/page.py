@@ -42,18 +42,8 @@ def networks(_: str) -> list[str]:
             *(spread(s, metric) if s else "" for s in static.values()),
             " ".join(percent(e[metric]) for e in each["exits"]),
         ])  # fmt: skip
-    head = [
-        "task",
-        "seeds",
-        "metric",
-        "rows",
-        "halves drawn",
-        "plain",
-        "2 layers",
-        "3 layers",
-        "4 layers",
-        "exits 1 to 6",
-    ]
+    head = ["task", "seeds", "metric", "rows", "halves drawn", "plain", "2 layers", "3 layers", "4 layers"]
+    head.append("exits 1 to 6")
     return grid(head, rows) if rows else NOTHING
 
 

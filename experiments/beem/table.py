@@ -2,7 +2,7 @@
 one half of the held-out rows and judged on the other, halves swapped, twenty times. Writes results/beem/table.json.
 
     python -m experiments.beem.table                      # what is trained so far; about 40 minutes on two cores
-    python -m experiments.beem.table --recipes            # the ablation alone; some minutes
+    python -m experiments.beem.table --recipes            # the ablation alone; seconds
 
 What is judged is kept in runs/beem/judged; given again, it goes on. "plain" is the network fine-tuned without exits,
 "static-k" its first k layers fine-tuned alone.
@@ -61,8 +61,8 @@ def recipes(task: str, cells: Cells) -> list[dict[str, Any]]:
         rights[name] = right
         table.append({
             "variant": name, "exits": [told(alone(trace, k)) for k in range(trace.exits)], "frontier": frontier,
-            "mean": float(right.mean()),
-            "epochs": epochs(name), "seconds": cells.told[f"{task}-{name}-0"]["seconds"],
+            "mean": float(right.mean()), "epochs": epochs(name),
+            "seconds": cells.told[f"{task}-{name}-0"]["seconds"],
         })  # fmt: skip
     for row in table:
         for name, base in (("less_base", BASE), ("less_default", DEFAULT)):
