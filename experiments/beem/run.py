@@ -30,7 +30,7 @@ ABLATION = tuple(name for name in VARIANTS if name.startswith("taught"))
 JOINT = ("depth", "longer", "longer-self", "plain-first", "heads-after")
 BASE = "taught"  # what the recipes differ from in one thing
 DEFAULT = "longer"  # the default of `train`, at the same cost
-BEST = "taught-self"  # what seeds 1 and 2 are trained with besides; the ablation says why
+BEST = "taught-self"  # the exits of BEEM's table: put on a fine-tuned network, as a user has it
 #: guessed from steps of MRPC: an epoch with exits, one of two threads, with native bf16; SST-2's 20,000 rows in fp32
 MINUTES = {"sst2": 6, "sst2-full": 7, "rte": 1.3, "mrpc": 1.7, "cola": 0.8, "qnli": 1.3, "ag_news": 4}
 

@@ -1,6 +1,7 @@
 """Writing files so that a stop in the middle leaves the old file whole."""
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -43,11 +44,14 @@ def filled(path: Path, write: Callable[[Path], Any]) -> Iterator[Path]:
         shutil.rmtree(room, ignore_errors=True)
 
 
-def clear_partial(path: Path) -> None:
-    """Nothing; what killed processes were filling to take the place of `path` is gone. A running one keeps its own."""
+def clear_partial(path: Path, *, alone: bool = False) -> None:
+    """Nothing; what killed processes were filling to take the place of `path` is gone. A running one keeps its own,
+    unless nobody else writes there (`alone`): a restarted container gives its processes the same numbers again."""
     if path.parent.is_dir():
-        for left in path.parent.iterdir():
-            if left.name.startswith(f".{path.name}."):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            if alone:
+                _remove(left)
+            else:
                 removed_if_left(left)
 
 
@@ -55,11 +59,16 @@ def removed_if_left(path: Path) -> bool:
     """Whether a file or folder was what a killed process was filling; then it is gone."""
     pid = path.name.removesuffix(".partial").rpartition(".")[2]
     left = path.name.startswith(".") and path.name.endswith(".partial") and pid.isdecimal() and not _alive(int(pid))
-    if left and path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    elif left:
-        path.unlink(missing_ok=True)
+    if left:
+        _remove(path)
     return left
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:

@@ -79,7 +79,7 @@ def train(
     learner = Learner(model, recipe, accelerator, teacher, _batches_per_epoch(data, recipe), together)
     folder = None if checkpoint is None else Path(checkpoint)
     if folder is not None and together.first:
-        clear_partial(folder / FILE)
+        clear_partial(folder / FILE, alone=True)  # one run at a time uses a folder
     identity = _identity(learner, objective, data)
     run = _Run(learner, data, None if validation is None else as_data(validation), folder, identity)
     with together.told_when_stopped(), learner.borrowed_model():

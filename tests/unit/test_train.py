@@ -244,7 +244,8 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_cleared_away(tmp_path):
-    left = tmp_path / f".{FILE}.1.{2**22 + 1}.partial"  # no process has such a number
+    (tmp_path / f".{FILE}.123.partial").write_bytes(b"half")
+    left = tmp_path / f".{FILE}.1.{os.getpid()}.partial"  # a restarted container gives the same numbers again
     left.mkdir()
     (left / FILE).write_bytes(b"half")
     train(made(), rows(), recipe=FAST, checkpoint=tmp_path, progress=False)
