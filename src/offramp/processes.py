@@ -29,6 +29,8 @@ def processes() -> "Processes":
     begun = _begun()
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 and not begun:
         return Processes(0, 1)
+    # its functions keep, as a default, the group there is when they are defined, which could then never end
+    import torch.distributed.nn.functional
     from accelerate import PartialState
 
     # accelerate takes a launched process without a GPU for one alone unless it is told
@@ -43,8 +45,9 @@ def _begun() -> bool:
 
 
 def _end() -> None:
-    """Nothing; gloo's threads are gone before the interpreter is: one that is left aborts the process now and then
-    (pytorch issues 179291 and 190489). NCCL ends by itself, and ending it while another process fails can hang."""
+    """Nothing; gloo's threads are gone before the interpreter is: one that still lets go of the last message's tensors
+    then asks for the interpreter's lock, and aborts the process (pytorch issues 179291 and 190489). NCCL ends by
+    itself, and ending it while another process fails can hang."""
     if _begun() and torch.distributed.get_backend() == "gloo" and not ENDING.is_set():
         torch.distributed.destroy_process_group()
 
