@@ -89,6 +89,7 @@ VARIANTS: dict[str, Variant] = {
     "depth": Variant(DepthWeighted()),
     "longer": Variant(DepthWeighted(), epochs=1.5),
     "longer-self": Variant(SelfDistill(), epochs=1.5),
+    "longer-self-pooler": Variant(SelfDistill(), head=TokenHead("mean", pooler="own"), epochs=1.5),
     "plain-first": Variant(PLAIN_FIRST, epochs=1.5),
     "heads-after": Variant(DepthWeighted(), after="plain", epochs=0.5, recipe=(("frozen", "backbone"),)),
     # from the fine-tuned network, as a user has it; one thing at a time differs from "taught"

@@ -18,6 +18,7 @@ RECIPES = {
     "depth": "jointly from the start, depth weights (PABEE, BEEM)",
     "longer": "the same, for as long as the base in all (the default of `train`)",
     "longer-self": "jointly from the start, taught by the last exit, as long",
+    "longer-self-pooler": "the same with a projection in every head",
     "plain-first": "fine-tuned, then taught by the last exit, in one run",
     "heads-after": "heads alone on the frozen network (DeeBERT)",
 }  # fmt: skip
@@ -140,10 +141,10 @@ def recipes(_: str) -> list[str]:
             continue
         epochs = next(row["epochs"] for row in rows if row)
         cells = ["" if row is None else percent(row["mean"]) if variant == "taught"
-                 else f"{percent(row['mean'])}, {points(row['less_base'])}" for row in rows]  # fmt: skip
+                 else f"{percent(row['mean'])}, {over(row['less_base'])}" for row in rows]  # fmt: skip
         lines.append([text, f"{epochs:.1f}", *cells])
         if epochs == EQUAL and variant != "longer":
-            beside.append([text, *(points(row["less_default"]) if row and "less_default" in row else ""
+            beside.append([text, *(over(row["less_default"]) if row and "less_default" in row else ""
                                    for row in rows)])  # fmt: skip
     tasks = [TASKS[task] for task in found]
     return [
@@ -153,13 +154,18 @@ def recipes(_: str) -> list[str]:
     ]  # fmt: skip
 
 
+def over(less: dict[str, Any]) -> str:
+    """A difference, and of how many trainings it is the mean where it is of more than one."""
+    return points(less) + (f", {less['trainings']} trainings" if less.get("trainings", 1) > 1 else "")
+
+
 def without(told: dict[str, dict[str, Any]], tasks: list[str]) -> list[str]:
     """The network without exits, trained as long as the recipes."""
     lines = []
     for name, text in (("plain", "without exits"), ("plain-longer", "without exits, for as long as the base in all")):
         cells, epochs = list[str](), 0.0
         for row in (told.get(task, {}).get(name) for task in tasks):
-            more = "" if row is None or name == "plain" else f", {points(row['less_plain'])}"
+            more = "" if row is None or name == "plain" else f", {over(row['less_plain'])}"
             cells.append("" if row is None else percent(row["accuracy"]) + more)
             epochs = epochs if row is None else row["epochs"]
         if any(cells):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from experiments.beem.cells import VARIANTS, folder_of, network_of, rows_of
-from experiments.beem.run import BEST
+from experiments.beem.run import BEST, PLAIN
 from experiments.judge import Cells, NearPlain, alone, margin_of, told
 from safetensors.torch import load_file
 
@@ -41,7 +41,7 @@ def calibrated(task: str, seed: int, out: Path) -> None:
     if out.exists():
         return
     cells = Cells()
-    got, other = cells(task, BEST, seed), cells(task, "plain", seed)
+    got, other = cells(task, BEST, seed), cells(task, PLAIN, seed)
     if got is None or other is None:
         raise SystemExit(f"{task} is not trained yet: python -m experiments.beem.run --data DIR --only {task}")
     trace, costs = got

@@ -4,8 +4,8 @@ one half of the held-out rows and judged on the other, halves swapped, twenty ti
     python -m experiments.beem.table                      # what is trained so far; about 40 minutes on two cores
     python -m experiments.beem.table --recipes            # the ablation alone; seconds
 
-What is judged is kept in runs/beem/judged; given again, it goes on. "plain" is the network fine-tuned without exits,
-"static-k" its first k layers fine-tuned alone.
+What is judged is kept in runs/beem/judged; given again, it goes on. The policies' tables are of networks that were
+all trained as long: "plain" without exits, "static-k" its first k layers alone.
 """
 
 import argparse
@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experiments import judge
 from experiments.beem.cells import LAYERS, VARIANTS
-from experiments.beem.run import ABLATION, BASE, BEST, DEFAULT, JOINT, SMALL, TASKS
+from experiments.beem.run import ABLATION, BASE, BEST, DEFAULT, JOINT, PLAIN, SMALL, STATICS, TASKS
 from experiments.judge import METRICS, Cells, NearPlain, alone, answers, difference, margin_of, told
 
 import offramp
-from offramp import Budget, ErrorRate, MaxDrop
+from offramp import Budget, CostModel, ErrorRate, ExitTrace, MaxDrop
 from offramp.artefacts import write_atomically, write_json
 from offramp.meter import Meter
 from offramp.pools import halves
@@ -34,50 +35,68 @@ FAMILIES = (
 )  # fmt: skip
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7)
 LEADING = ("max-prob", "stopping")  # these are judged beside the static networks
-STATICS = ("static-2", "static-3", "static-4")
 SEEDS = (0, 1, 2)
 REPEATS, RECIPE_REPEATS = 20, 10
 RESULTS = Path("results/beem")
 
 
 def recipes(task: str, cells: Cells) -> list[dict[str, Any]]:
-    """Every recipe: each exit alone, and how right max-prob and BEEM-A are at every budget; the mean over budgets, and
-    its paired differences to the recipe that the others differ from in one thing, and to the default of `train`."""
-    table, rights = [], dict[str, torch.Tensor]()
-    if cells(task, BASE, 0) is None:
-        return table
-    for name in (BASE, *(each for each in (*ABLATION, *JOINT) if each != BASE)):
-        got = cells(task, name, 0)
-        if got is None:
+    """Every recipe, the mean of its training seeds: each exit alone, and how right max-prob and BEEM-A are at every
+    budget; the mean over budgets, and its paired differences, over the seeds that both have, to the recipe that the
+    others differ from in one thing, and to the default of `train`."""
+    table, rights = [], dict[str, dict[int, torch.Tensor]]()
+    names = (BASE, *(each for each in (*ABLATION, *JOINT) if each != BASE))
+    for name in names if cells(task, BASE, 0) else ():
+        found = {seed: _frontier(*got) for seed in SEEDS if (got := cells(task, name, seed))}
+        if 0 not in found:
             continue
-        trace, costs = got
-        pools = halves(trace, RECIPE_REPEATS)
-        frontier: dict[str, list[dict[str, Any]]] = {}
-        right = torch.zeros(trace.rows, dtype=torch.float64)
-        for family in ("max-prob", "beem-a"):
-            found = answers(trace, costs, family, [Budget(fraction=b) for b in BUDGETS], pools)
-            right += sum(each["right"] for each in found) / (2 * len(BUDGETS))
-            frontier[family] = [told(each) for each in found]
-        rights[name] = right
+        rights[name] = {seed: each["right"] for seed, each in found.items()}
+        seeds = list(found.values())
         table.append({
-            "variant": name, "exits": [told(alone(trace, k)) for k in range(trace.exits)], "frontier": frontier,
-            "mean": float(right.mean()), "epochs": epochs(name),
-            "seconds": cells.told[f"{task}-{name}-0"]["seconds"],
+            "variant": name, "seeds": list(found), "epochs": epochs(name),
+            "exits": [told(_over([each["exits"][k] for each in seeds])) for k in range(len(seeds[0]["exits"]))],
+            "frontier": {family: [told(_over([each["frontier"][family][place] for each in seeds]))
+                                  for place in range(len(BUDGETS))] for family in seeds[0]["frontier"]},
+            "mean": float(_mean(rights[name], rights[name]).mean()),
+            "seconds": sum(cells.told[f"{task}-{name}-{seed}"]["seconds"] for seed in found) / len(found),
         })  # fmt: skip
     for row in table:
+        mine = rights[row["variant"]]
         for name, base in (("less_base", BASE), ("less_default", DEFAULT)):
             if base in rights:
-                row[name] = difference(rights[row["variant"]], rights[base])
+                both = difference(_mean(mine, rights[base]), _mean(rights[base], mine))
+                row[name] = {**both, "trainings": len(mine.keys() & rights[base].keys())}
     return table
 
 
+def _frontier(trace: ExitTrace, costs: CostModel) -> dict[str, Any]:
+    """How right two policies are at every budget, the mean over all of them, and each exit alone."""
+    pools = halves(trace, RECIPE_REPEATS)
+    targets = [Budget(fraction=b) for b in BUDGETS]
+    frontier = {family: answers(trace, costs, family, targets, pools) for family in ("max-prob", "beem-a")}
+    every = [each["right"] for found in frontier.values() for each in found]
+    return {"right": torch.stack(every).mean(0), "frontier": frontier,
+            "exits": [alone(trace, k) for k in range(trace.exits)]}  # fmt: skip
+
+
+def _mean(rights: dict[int, torch.Tensor], other: dict[int, torch.Tensor]) -> torch.Tensor:
+    """Over the seeds that both have."""
+    return torch.stack([right for seed, right in rights.items() if seed in other]).mean(0)
+
+
 def longer(task: str, cells: Cells) -> dict[str, Any]:
-    """The network without exits, trained as usual and for as long as the recipes in all; paired with the former."""
-    found = dict[str, dict[str, Any]]()
-    for name in ("plain", "plain-longer"):
-        if got := cells(task, name, 0):
-            found[name] = alone(got[0], got[0].exits - 1)
-    return {name: {"epochs": epochs(name), **told(each, plain=found["plain"])} for name, each in found.items()}
+    """The network without exits, trained as usual and for as long as the recipes in all; paired with the former, over
+    the seeds that both have."""
+    plain = {seed: alone(got[0], got[0].exits - 1) for seed in SEEDS if (got := cells(task, "plain", seed))}
+    table = {}
+    for name in ("plain", PLAIN):
+        mine = {seed: alone(got[0], got[0].exits - 1) for seed in plain if (got := cells(task, name, seed))}
+        if mine:
+            base = _over([plain[seed] for seed in mine])
+            row = told(_over(list(mine.values())), plain=base)
+            row["less_plain"]["trainings"] = len(mine)
+            table[name] = {"epochs": epochs(name), "seeds": list(mine), **row}
+    return table
 
 
 def epochs(name: str) -> float:
@@ -99,7 +118,7 @@ def policies(task: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "task": task, "seeds": [each["seed"] for each in seeds], "repeats": REPEATS,
         "metric": seeds[0]["metric"], "rows": rows,
-        "static": {name: {"cost": VARIANTS[name].layers / LAYERS, **told(row, plain=plain)}
+        "static": {name: {"cost": VARIANTS[STATICS[name]].layers / LAYERS, **told(row, plain=plain)}
                    for name, row in statics.items()},
         "held_out": len(plain["right"]),
         "margin": sum(each["margin"] for each in seeds) / len(seeds), "plain": told(plain),
@@ -110,12 +129,12 @@ def policies(task: str, seeds: list[dict[str, Any]]) -> dict[str, Any]:
 
 def one_seed(task: str, seed: int, cells: Cells) -> dict[str, Any] | None:
     """One seed's rows of right answers and figures; None when it is not trained."""
-    got, other = cells(task, BEST, seed), cells(task, "plain", seed)
+    got, other = cells(task, BEST, seed), cells(task, PLAIN, seed)
     if got is None or other is None:
         return None
     trace, costs = got
     pools, metric = halves(trace, REPEATS), TEXT_TASKS[task.removesuffix("-full")].metric
-    static = {name: each[0] for name in STATICS if (each := cells(task, name, seed))}
+    static = {name: each[0] for name, kept in STATICS.items() if (each := cells(task, kept, seed))}
     margin = margin_of(task, other[0], metric)
     rows = dict[tuple[str, str], dict[str, Any]]()
     for family in FAMILIES:
@@ -126,7 +145,7 @@ def one_seed(task: str, seed: int, cells: Cells) -> dict[str, Any] | None:
         for place, each in enumerate(answers(trace, costs, family, targets, pools)):
             rows[family, str(place)] = {"family": family, **each}
         if family in LEADING:
-            same = {name: Budget(fraction=VARIANTS[name].layers / LAYERS) for name in static}
+            same = {name: Budget(fraction=VARIANTS[STATICS[name]].layers / LAYERS) for name in static}
             found = answers(trace, costs, family, list(same.values()), pools)
             for name, each in zip(same, found, strict=True):
                 rows[family, name] = {"family": family, "static": name, **each}
@@ -159,10 +178,11 @@ def _judged(work: tuple[str, str, int, Path, Path]) -> Any:
     cells = Cells(results)
     made_from = {
         "weights": {name: cell["weights_sha256"] for name, cell in cells.told.items()
-                    if cell["task"] == task and cell["seed"] == seed},
+                    if cell["task"] == task and (what == "recipes" or cell["seed"] == seed)},
         "with": [what, FAMILIES, BUDGETS, LEADING, STATICS, REPEATS, RECIPE_REPEATS],
     }  # fmt: skip
-    code = [path.read_bytes() for path in sorted(Path(offramp.__file__).parent.rglob("*.py"))]  # policies may change
+    sources = [*sorted(Path(offramp.__file__).parent.rglob("*.py")), Path(__file__), Path(judge.__file__)]
+    code = [path.read_bytes() for path in sources]  # policies may change
     digest = hashlib.sha256(b"".join([json.dumps(made_from, sort_keys=True).encode(), *code])).hexdigest()
     path = runs / "judged" / f"{what}-{task}-{seed}-{digest[:16]}.pt"
     if not path.exists():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiments.beem.run import BEST
+from experiments.beem.run import PUT_ON
 from experiments.judge import Cells, alone, answers, difference, told
 
 from offramp import Budget, CostModel, ExitTrace
@@ -48,11 +48,11 @@ def source(name: str) -> tuple[ExitTrace, CostModel, dict[str, Any]]:
         costs = CostModel.load(timed if timed.exists() else f"{made}-costs.json")
         return ExitTrace.load(made.with_suffix(".safetensors")), costs, read_json(made.with_suffix(".json"))
     cells = Cells()
-    task = next((task for task in (f"{name}-full", name) if f"{task}-{BEST}-0" in cells.told), None)
-    got = None if task is None else cells(task, BEST, 0)
+    task = next((task for task in (f"{name}-full", name) if f"{task}-{PUT_ON}-0" in cells.told), None)
+    got = None if task is None else cells(task, PUT_ON, 0)
     if task is None or got is None:
         raise SystemExit(f"{name} is not trained yet: python -m experiments.beem.run --data DIR --only {name}")
-    return got[0], CostModel.load(timed) if timed.exists() else got[1], cells.told[f"{task}-{BEST}-0"]
+    return got[0], CostModel.load(timed) if timed.exists() else got[1], cells.told[f"{task}-{PUT_ON}-0"]
 
 
 def only(trace: ExitTrace, costs: CostModel, exits: Sequence[int]) -> tuple[ExitTrace, CostModel]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from experiments.beem.cells import VARIANTS, folder_of, rows_of
 from experiments.beem.cells import network_of as text_network_of
-from experiments.beem.run import BEST
+from experiments.beem.run import PUT_ON
 from experiments.eenet.networks import public_resnet56
 from experiments.eenet.table import EXITS, IMAGES, RESULTS, source
 from experiments.eenet.train import network_of
@@ -33,10 +33,10 @@ def opened(name: str, data: Path) -> tuple[Any, Inputs]:
         folder = Path("runs/eenet") / f"{kind}-0"
     else:
         task = source(name)[2]["task"]
-        model, tokenizer = text_network_of(task, VARIANTS[BEST], 0)
+        model, tokenizer = text_network_of(task, VARIANTS[PUT_ON], 0)
         held_out = rows_of(task, data, tokenizer)[1]
         rows = held_out.batch((held_out.lengths - held_out.lengths.median()).abs().argsort()[:32]).inputs
-        folder = folder_of(task, BEST, 0, Path("runs/beem"))
+        folder = folder_of(task, PUT_ON, 0, Path("runs/beem"))
     saved = load_file(folder / "model.safetensors")
     with torch.no_grad():
         for tensor_name, tensor in named_tensors(model):
