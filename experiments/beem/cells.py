@@ -71,6 +71,7 @@ class Variant:
 
 
 BUDGET = (0.5, 1.0, 1.5, 1.5, 1.0, 1.5)  # exits that leave rows under budgets of 40 to 60 %, and the last
+PROJECTED = TokenHead("mean", pooler="own")  # a projection, as the classifier of the whole network has
 PLAIN_FIRST = TwoStage(FinalOnly(), SelfDistill(), freeze=False, first_share=0.67)  # "taught-self" in one run
 
 
@@ -85,11 +86,13 @@ VARIANTS: dict[str, Variant] = {
     "plain-longer": Variant(FinalOnly(), epochs=1.5),  # as long as "longer", or as "plain" and what follows it
     **{f"static-{k}": Variant(Weighted((1.0, 0.0)), layers=k) for k in (2, 3, 4)},
     **{f"static-{k}-longer": Variant(Weighted((1.0, 0.0)), layers=k, epochs=1.5) for k in (2, 3, 4)},
+    **{f"static-{k}-pooler": Variant(Weighted((1.0, 0.0)), PROJECTED, layers=k, epochs=1.5) for k in (2, 3, 4)},
     # from the pretrained network, as the papers do
     "depth": Variant(DepthWeighted()),
     "longer": Variant(DepthWeighted(), epochs=1.5),
     "longer-self": Variant(SelfDistill(), epochs=1.5),
-    "longer-self-pooler": Variant(SelfDistill(), head=TokenHead("mean", pooler="own"), epochs=1.5),
+    "longer-pooler": Variant(DepthWeighted(), PROJECTED, epochs=1.5),
+    "longer-self-pooler": Variant(SelfDistill(), PROJECTED, epochs=1.5),
     "plain-first": Variant(PLAIN_FIRST, epochs=1.5),
     "heads-after": Variant(DepthWeighted(), after="plain", epochs=0.5, recipe=(("frozen", "backbone"),)),
     # from the fine-tuned network, as a user has it; one thing at a time differs from "taught"
@@ -104,8 +107,8 @@ VARIANTS: dict[str, Variant] = {
     "taught-detached": _taught(Distill(), gradients="detached"),
     "taught-layer-decay": _taught(Distill(), layer_decay=0.85),
     "taught-attention": _taught(Distill(), head=TokenHead("attention")),
-    "taught-pooler": _taught(Distill(), head=TokenHead("mean", pooler="own")),
-    "taught-self-pooler": _taught(SelfDistill(), head=TokenHead("mean", pooler="own")),
+    "taught-pooler": _taught(Distill(), head=PROJECTED),
+    "taught-self-pooler": _taught(SelfDistill(), head=PROJECTED),
     "taught-longer": _taught(Distill(), epochs=1.0),
 }
 

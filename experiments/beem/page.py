@@ -18,7 +18,8 @@ RECIPES = {
     "depth": "jointly from the start, depth weights (PABEE, BEEM)",
     "longer": "the same, for as long as the base in all (the default of `train`)",
     "longer-self": "jointly from the start, taught by the last exit, as long",
-    "longer-self-pooler": "the same with a projection in every head",
+    "longer-pooler": "jointly from the start, depth weights, a projection in every head, as long",
+    "longer-self-pooler": "jointly from the start, taught by the last exit, a projection in every head, as long",
     "plain-first": "fine-tuned, then taught by the last exit, in one run",
     "heads-after": "heads alone on the frozen network (DeeBERT)",
 }  # fmt: skip

@@ -27,13 +27,13 @@ from offramp.meter import duration
 SMALL = ("rte", "mrpc", "cola", "qnli")
 TASKS = ("sst2", *SMALL)
 ABLATION = tuple(name for name in VARIANTS if name.startswith("taught"))
-JOINT = ("depth", "longer", "longer-self", "longer-self-pooler", "plain-first", "heads-after")
+JOINT = ("depth", "longer", "longer-self", "longer-pooler", "longer-self-pooler", "plain-first", "heads-after")
 BASE = "taught"  # what the recipes differ from in one thing
 DEFAULT = "longer"  # the default of `train`, at the same cost
 PUT_ON = "taught-self"  # the exits of EENet's tables: put on a fine-tuned network, as a user has it
 # BEEM's table: exits, the network without them and its first layers alone, all trained as long
-BEST, PLAIN = "longer-self", "plain-longer"
-STATICS = {f"static-{k}": f"static-{k}-longer" for k in (2, 3, 4)}
+BEST, PLAIN = "longer-self-pooler", "plain-longer"
+STATICS = {f"static-{k}": f"static-{k}-pooler" for k in (2, 3, 4)}
 #: guessed from steps of MRPC: an epoch with exits, one of two threads, with native bf16; SST-2's 20,000 rows in fp32
 MINUTES = {"sst2": 6, "sst2-full": 7, "rte": 1.3, "mrpc": 1.7, "cola": 0.8, "qnli": 1.3, "ag_news": 4}
 
@@ -48,11 +48,12 @@ def plan() -> list[Cell]:
     cells += [("ag_news", name, 0) for name in ("plain", PUT_ON, "static-3")]
     cells += [(task, name, seed) for seed in (1, 2) for name in ("plain", PUT_ON, "static-3") for task in SMALL]
     mixed = ("cola", "rte", "mrpc", "qnli", "sst2")
-    cells += [(task, name, 0) for name in (*JOINT, PLAIN) for task in mixed]
-    cells += [(task, name, seed) for seed in (1, 2) for name in (BEST, DEFAULT) for task in SMALL]
-    cells += [(task, PLAIN, seed) for seed in (1, 2) for task in SMALL]
+    joint = ("depth", DEFAULT, "longer-self", BEST, "plain-first", "heads-after", PLAIN)
+    cells += [(task, name, 0) for name in joint for task in mixed]
+    cells += [(task, name, seed) for seed in (1, 2) for name in ("longer-self", BEST, DEFAULT, PLAIN) for task in SMALL]
     cells += [(task, STATICS[f"static-{k}"], 0) for k in (3, 2, 4) for task in mixed]
     cells += [(task, STATICS["static-3"], seed) for seed in (1, 2) for task in SMALL]
+    cells += [(task, "longer-pooler", 0) for task in mixed]
     cells += [(task, name, 0) for name in ABLATION for task in mixed]
     cells += [("sst2-full", name, 0) for name in (PLAIN, BEST, *STATICS.values())]
     return list(dict.fromkeys(cells))
