@@ -38,12 +38,16 @@ WHOLE = ("sst2", "sst2-full")  # with every target, and in one file too
 
 def calibrated(task: str, seed: int, out: Path) -> None:
     """Nothing; the file has the policies, and what each answers to the other half beside the plain network."""
-    if out.exists():
-        return
     cells = Cells()
     got, other = cells(task, BEST, seed), cells(task, PLAIN, seed)
     if got is None or other is None:
         raise SystemExit(f"{task} is not trained yet: python -m experiments.beem.run --data DIR --only {task}")
+    of = {name: cells.told[f"{task}-{name}-{seed}"]["weights_sha256"] for name in (BEST, PLAIN)}
+    if out.exists():
+        if read_json(out).get("of") == of:
+            return
+        for path in (out, *timed_at(out)):  # of other exits
+            path.unlink(missing_ok=True)
     trace, costs = got
     metric = TEXT_TASKS[task.removesuffix("-full")].metric
     margin = margin_of(task, other[0], metric)
@@ -65,7 +69,13 @@ def calibrated(task: str, seed: int, out: Path) -> None:
                 "value": to_dict(made.policy),
                 **told({"right": right, "accuracy": float(right.mean())}, plain={"right": plain[test]}),
             })  # fmt: skip
-    write_json(out, {"margin": margin, "metric": metric, "policies": rows})
+    write_json(out, {"of": of, "margin": margin, "metric": metric, "policies": rows})
+
+
+def timed_at(beside: Path) -> tuple[Path, Path]:
+    """Where times are kept: of a session for each stage, and of one file with everything in it."""
+    apart = beside.with_name(beside.name.replace("beside-", "speed-"))
+    return apart, apart.with_stem(f"{apart.stem}-file")
 
 
 def subject(task: str, seed: int, data: str, runs: str, policies: str) -> Subject:
@@ -89,8 +99,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/beem"))
     parser.add_argument("--seconds", type=float, default=20.0, help="for each cell: 36 of SST-2, 24 of the others")
     options = parser.parse_args()
-    out = Path("results/beem") / f"speed-{options.task}.json"
-    beside = out.with_name(f"beside-{options.task}.json")
+    beside = Path("results/beem") / f"beside-{options.task}.json"
+    out, whole = timed_at(beside)
     print("calibrating ...", flush=True)
     calibrated(options.task, options.seed, beside)
     arguments = {"task": options.task, "seed": options.seed, "data": str(options.data.resolve()),
@@ -98,7 +108,7 @@ def main() -> None:
     opener = Opener("experiments.beem.speed:subject", arguments)
     names = tuple(each["policy"] for each in read_json(beside)["policies"])
     leading = tuple(name for name in names if name.startswith(IN_ONE_FILE))
-    ways = [("onnx", names, out), ("onnx-file", leading, out.with_stem(f"{out.stem}-file"))]
+    ways = [("onnx", names, out), ("onnx-file", leading, whole)]
     for engine, asked, path in ways if options.task in WHOLE else ways[:1]:
         plan = Plan(engines=(engine,), batch_sizes=(1, 32), policies=asked, seconds=options.seconds, threads=1)
         found = bench(opener(), plan, opener=opener, out=path)
