@@ -43,11 +43,8 @@ def calibrated(task: str, seed: int, out: Path) -> None:
     if got is None or other is None:
         raise SystemExit(f"{task} is not trained yet: python -m experiments.beem.run --data DIR --only {task}")
     of = {name: cells.told[f"{task}-{name}-{seed}"]["weights_sha256"] for name in (BEST, PLAIN)}
-    if out.exists():
-        if read_json(out).get("of") == of:
-            return
-        for path in (out, *timed_at(out)):  # of other exits
-            path.unlink(missing_ok=True)
+    if out.exists() and read_json(out).get("of") == of:
+        return
     trace, costs = got
     metric = TEXT_TASKS[task.removesuffix("-full")].metric
     margin = margin_of(task, other[0], metric)
@@ -69,6 +66,8 @@ def calibrated(task: str, seed: int, out: Path) -> None:
                 "value": to_dict(made.policy),
                 **told({"right": right, "accuracy": float(right.mean())}, plain={"right": plain[test]}),
             })  # fmt: skip
+    for path in timed_at(out):  # of other exits
+        path.unlink(missing_ok=True)
     write_json(out, {"of": of, "margin": margin, "metric": metric, "policies": rows})
 
 

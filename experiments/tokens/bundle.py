@@ -26,6 +26,8 @@ def main() -> None:
     if not path.exists():
         raise SystemExit(f"{path} is not there: python -m experiments.tokens.speed {task} {variant} --data DIR")
     found = read_json(path)
+    if found["seed"] != options.seed:
+        raise SystemExit(f"{path} is of seed {found['seed']}, whose policies promise nothing for seed {options.seed}")
     torch.set_num_threads(options.threads)
     (row,) = (each for each in found["policies"] if each["family"] == options.policy)
     if row["policy"] is None:

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import importlib
 import os
 import re
 import signal
@@ -29,10 +30,11 @@ def processes() -> "Processes":
     begun = _begun()
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 and not begun:
         return Processes(0, 1)
-    # its functions keep, as a default, the group there is when they are defined, which could then never end
-    import torch.distributed.nn.functional
     from accelerate import PartialState
 
+    if not begun:
+        # its functions keep, as a default, the group there is when they are defined, which could then never end
+        importlib.import_module("torch.distributed.nn.functional")
     # accelerate takes a launched process without a GPU for one alone unless it is told
     state = PartialState(cpu=not torch.cuda.is_available())
     if not begun and _begun():

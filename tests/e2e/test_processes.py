@@ -14,10 +14,21 @@ import torch
 from offramp import ExitTrace
 
 SCRIPT = """
-import atexit, json, pathlib, sys, warnings
+import atexit, contextlib, json, pathlib, sys, time, warnings
 import torch
-atexit.register(lambda: print("left at the end:", *names(), file=sys.stderr))
-names = lambda: sorted(path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
+
+def threads():
+    for path in pathlib.Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            yield path.read_text().strip()
+
+@atexit.register
+def tell():
+    until = time.monotonic() + 10  # a thread that was joined can be seen for a moment
+    while any("gloo" in name for name in threads()) and time.monotonic() < until:
+        time.sleep(0.01)
+    sys.stderr.write(" ".join(["left at the end:", *threads()]) + "\\n")
+
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 from offramp import Recipe, attach, record, train
