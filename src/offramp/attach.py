@@ -35,9 +35,9 @@ def attach(
         model: any module that gives logits [batch cls], or an object or mapping with `logits`.
         at: names of modules, as in `model.named_modules()`. A module that is called several times in one forward needs
             the call's number, from 0: "encoder.layer@2". Exits come in the order of execution, whatever the order here.
-        head: "auto", a short name ("map", "conv", "first", "mean", "pooler", "vector"), a spec such as
-            `MapHead(convs=3, divide=4)`, a callable (shape, classes) -> module, or a list with one of these or a module
-            for each name in `at`. Heads start where the model is, in its dtype.
+        head: "auto", a short name ("map", "conv", "first", "mean", "projected", "attention", "pooler", "vector"), a
+            spec such as `MapHead(convs=3, divide=4)`, a callable (shape, classes) -> module, or a list with one of
+            these or a module for each name in `at`. Heads start where the model is, in its dtype.
         example: inputs to run the model on, one row or more; kept, to cut the stages.
         classes: checked against the model's output when given.
         dynamic: the axes, besides the rows, whose length varies from call to call: {"input_ids": (1,)}, or (1,) for a

@@ -140,10 +140,14 @@ SHORT: dict[str, HeadSpec] = {
     "conv": MapHead(convs=3, divide=4),
     "first": TokenHead("first"),
     "mean": TokenHead("mean"),
+    "projected": TokenHead("mean", pooler="own"),
     "attention": TokenHead("attention"),
     "pooler": TokenHead("first", pooler=True),
     "vector": VectorHead(),
 }
+#: of texts, unless one is named: the first token of an early layer may hold next to nothing, the mean of the tokens
+#: always holds something, and a projection makes early exits better (docs/results.md, better exits)
+TEXT_HEAD = "projected"
 Wanted = str | HeadSpec | nn.Module | Callable[[Shape, int], nn.Module]
 
 

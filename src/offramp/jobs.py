@@ -12,10 +12,10 @@ from offramp.augment import CropFlip
 from offramp.data import Examples
 from offramp.demo import digits, resnet20, resnet56
 from offramp.errors import DataError, ValueRangeError
-from offramp.heads import MapHead
+from offramp.heads import SHORT, TEXT_HEAD, MapHead
 from offramp.machine import fast_precision
 from offramp.model import MultiExitModel
-from offramp.objectives import DepthWeighted, Objective
+from offramp.objectives import DepthWeighted, Objective, SelfDistill
 from offramp.preprocess import Preprocess
 from offramp.recipe import Recipe
 from offramp.tasks import IMAGE_TASKS, TEXT_TASKS, load_images, load_text, minilm
@@ -36,6 +36,7 @@ class Job:
         labels: names of the classes.
         note: what a reader of the figures must know, or "".
         preprocess: from a raw row to inputs, where rows come raw; None for named tasks.
+        head: of every exit, where it can be chosen for a named task; None elsewhere.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Job:
     labels: tuple[str, ...]
     note: str = ""
     preprocess: Preprocess | None = None
+    head: str | None = None
 
 
 #: Large sets need fewer passes.
@@ -63,6 +65,7 @@ def job(
     limit: int | None = None,
     max_length: int = 128,
     seed: int = 0,
+    head: str | None = None,
 ) -> Job:
     """The job of that name.
 
@@ -73,16 +76,20 @@ def job(
         limit: use at most so many training rows, by seed.
         max_length: of texts, in tokens.
         seed: of weights, order and augmentation.
+        head: of every exit of a text task; None is "projected". Those of images are the task's own.
 
     Raises:
-        ValueRangeError: the name is unknown.
+        ValueRangeError: the name or the head is unknown.
     """
+    if head is not None and name in JOBS and name not in TEXT_TASKS:
+        raise ValueRangeError(f"the heads of {name} are its own; a head can be named for texts, not {head!r}.")
     if name == "digits":
         return _digits(8 if epochs is None else epochs, limit, seed)
     if name in IMAGE_TASKS:
         return _images(name, data, 30 if epochs is None else epochs, limit, seed)
     if name in TEXT_TASKS:
-        return _text(name, data, EPOCHS.get(name, 3) if epochs is None else epochs, limit, max_length, seed)
+        epochs = EPOCHS.get(name, 3) if epochs is None else epochs
+        return _text(name, data, epochs, limit, max_length, seed, head or TEXT_HEAD)
     raise ValueRangeError(f"unknown task {name!r}; expected one of {', '.join(JOBS)}.")
 
 
@@ -125,8 +132,12 @@ def _images(name: str, data: str | Path | None, epochs: int, limit: int | None, 
     return Job(name, build, load, splits, DepthWeighted(), recipe, task.classes or tuple(map(str, range(task.count))))
 
 
-def _text(name: str, data: str | Path | None, epochs: int, limit: int | None, max_length: int, seed: int) -> Job:
+def _text(
+    name: str, data: str | Path | None, epochs: int, limit: int | None, max_length: int, seed: int, head: str
+) -> Job:
     task = TEXT_TASKS[name]
+    if head not in SHORT and head != "auto":
+        raise ValueRangeError(f"the head {head!r} is not known; expected auto, {', '.join(SHORT)}.")
 
     def build() -> tuple[MultiExitModel, Any]:
         with torch.random.fork_rng(devices=[]):
@@ -134,8 +145,7 @@ def _text(name: str, data: str | Path | None, epochs: int, limit: int | None, ma
             network, tokenizer = minilm(len(task.classes))
             example = dict(tokenizer(["a first sentence", "and another one"], padding=True, return_tensors="pt"))
             at = tuple(f"bert.encoder.layer.{i}" for i in range(5))
-            # the first token of MiniLM's early layers holds next to nothing: it was trained by the mean
-            return attach(network, at=at, head="mean", example=example), tokenizer
+            return attach(network, at=at, head=head, example=example), tokenizer
 
     def load(split: str, tokenizer: Any) -> Examples:
         rows = load_text(name, data, split, tokenizer, max_length=max_length)
@@ -148,7 +158,8 @@ def _text(name: str, data: str | Path | None, epochs: int, limit: int | None, ma
             "half of the sentences and tested on the other half. Calibrated on held-out phrases, policies overspend."
         )
     recipe = Recipe(epochs=epochs, batch_size=32, lr=5e-5, head_lr=1e-3, precision=fast_precision(), seed=seed)
-    return Job(name, build, load, ("train", task.held_out, task.held_out), DepthWeighted(), recipe, task.classes, note)
+    splits = ("train", task.held_out, task.held_out)
+    return Job(name, build, load, splits, SelfDistill(), recipe, task.classes, note, head=head)
 
 
 def _part(parts: dict[str, Examples], split: str) -> Examples:

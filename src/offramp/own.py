@@ -10,7 +10,7 @@ import torch
 from offramp.attach import attach
 from offramp.data import Examples
 from offramp.errors import DataError, ValueRangeError
-from offramp.heads import SHORT
+from offramp.heads import SHORT, TEXT_HEAD
 from offramp.jobs import Job
 from offramp.machine import fast_precision
 from offramp.model import MultiExitModel
@@ -24,7 +24,7 @@ from offramp.networks import (
     preprocess_of,
     rebuild_network,
 )
-from offramp.objectives import DepthWeighted
+from offramp.objectives import DepthWeighted, SelfDistill
 from offramp.owndata import (
     SPLITS,
     Own,
@@ -219,8 +219,7 @@ def _hint(preprocess: Preprocess) -> str:
 
 def default_head(kind: str | None) -> str:
     """The head of every exit unless one is named, for what the network is fed."""
-    # the first token of an early layer may hold next to nothing; the mean of the tokens always holds something
-    return "mean" if kind == "text" else "auto"
+    return TEXT_HEAD if kind == "text" else "auto"
 
 
 def _job(own: Own, rows: int, build: Any, load: Any, preprocess: Preprocess, *, pretrained: bool = False) -> Job:
@@ -242,4 +241,6 @@ def _job(own: Own, rows: int, build: Any, load: Any, preprocess: Preprocess, *, 
         **rates,
     )
     name = Path(own.data).name or own.data
-    return Job(name, build, load, SPLITS, DepthWeighted(), recipe, own.classes, "", preprocess)
+    # what is best for texts (docs/results.md, better exits) was not tried on images
+    objective = SelfDistill() if preprocess.kind == "text" else DepthWeighted()
+    return Job(name, build, load, SPLITS, objective, recipe, own.classes, "", preprocess)

@@ -36,7 +36,7 @@ class Own:
         label: the column that it is to say; None guesses.
         at: taps; None places them behind the network's blocks.
         every: behind each n-th block.
-        head: of every exit; None is "mean" for texts and "auto" otherwise.
+        head: of every exit; None is "projected" for texts and "auto" otherwise.
         tokenizer: a transformers folder or hub name, for texts and a network of the user's own.
         max_length: of texts, in tokens.
         image_size: (height, width); None takes the network's own, or 32.

@@ -114,7 +114,7 @@ def quickstart(
     folder = Path(out) if out is not None else Path("runs") / task
     work = job(task, data=data, epochs=epochs, limit=limit, seed=seed)
     model, tokenizer = work.build()
-    options = {"epochs": epochs, "limit": limit, "seed": seed}
+    options = {"epochs": epochs, "limit": limit, "seed": seed, "head": work.head}
     rows, train_s = _train(work, model, tokenizer, folder, options, progress)
     pools, trace, test = _record(work, model, tokenizer, folder, repeats, seed, progress)
     with threads(timed_threads or (1 if small else None)):

@@ -35,6 +35,7 @@ from offramp.objectives import Objective, objective_to_dict
 from offramp.own import SPLITS, Own, OwnJob, own_job
 from offramp.preprocess import load_preprocess
 from offramp.recipe import Recipe, TrainReport
+from offramp.tasks import TEXT_TASKS
 
 __all__ = [
     "RUN", "WEIGHTS", "costs_path", "held_out", "load_run", "made_from", "policies_folder", "read_run", "save_run",
@@ -43,7 +44,7 @@ __all__ = [
 
 KIND, VERSION = "offramp.run", 2
 RUN, WEIGHTS, PREPROCESS, NETWORK, SIGNALS = "run.json", "model.safetensors", "preprocess", "network", "signals"
-OPTIONS = ("epochs", "limit", "max_length", "seed")  # of `job`; `data` is a matter of the machine
+OPTIONS = ("epochs", "limit", "max_length", "seed", "head")  # of `job`; `data` is a matter of the machine
 FIELDS = {"task", "options", "exits", "classes", "weights_sha256", "report"} | {
     "objective", "recipe", "versions", "machine", "own",
 }  # fmt: skip
@@ -162,6 +163,8 @@ def read_run(folder: str | Path) -> dict[str, Any]:
             f"{path} is of the task {fields['task']!r} with options {sorted(fields['options'])}; "
             f"expected one of {', '.join(JOBS)}, with {', '.join(OPTIONS)}. Train again."
         )
+    if fields["own"] is None and fields["task"] in TEXT_TASKS:
+        fields["options"] = {"head": "mean", **fields["options"]}  # as in runs of before heads could be named
     if fields[SIGNALS] not in ([], ["certainty"]):
         raise FormatError(f"{path} has the signals {fields[SIGNALS]}; this Offramp knows 'certainty'. Update.")
     return fields

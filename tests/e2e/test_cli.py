@@ -286,9 +286,10 @@ def test_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from offramp.recipe import EpochReport
     from offramp.runs import save_run
 
-    model, _ = job("sst2").build()
+    work = job("sst2")
+    model, _ = work.build()
     report = TrainReport((EpochReport(0.7, None, 1.0, 1),), 1, 1.0, None)
-    save_run(tmp_path / "run", "sst2", {"max_length": 16}, model, report)
+    save_run(tmp_path / "run", "sst2", {"max_length": 16, "head": work.head}, model, report)
     (tmp_path / "p.json").write_text(dumps(MaxProb(0.5)))
     words = ("predict", tmp_path / "run", "--policy", tmp_path / "p.json")
     lines = ["word " * 10_000, "", "fine \u2028 ünïcode", "good"]

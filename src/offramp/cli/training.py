@@ -54,7 +54,10 @@ ValidationOption = Annotated[str | None, typer.Option(help="Rows to calibrate on
 TestOption = Annotated[str | None, typer.Option(help="Rows to test on, instead of a part of the data.")]
 AtOption = Annotated[str | None, typer.Option(help="Modules to put exits behind, with commas; found by default.")]
 EveryOption = Annotated[int | None, typer.Option(min=1, help="An exit behind every n-th block of the network.")]
-HeadOption = Annotated[str | None, typer.Option(help="auto, map, conv, first, mean, pooler or vector.")]
+HeadOption = Annotated[
+    str | None,
+    typer.Option(help="auto, map, conv, first, mean, projected (the default for texts), attention, pooler or vector."),
+]
 TokenizerOption = Annotated[str | None, typer.Option(help="For texts and a network of your own: whose tokenizer.")]
 ImageSizeOption = Annotated[
     str | None, typer.Option("--image-size", help="Of images: SIDE or HEIGHTxWIDTH, instead of the network's own.")
@@ -119,13 +122,13 @@ def train(
     options: dict[str, Any] = {"epochs": epochs, "limit": limit, "max_length": max_length, "seed": seed}
     is_task = _is_task(what, {
         "--text": text, "--label": label, "--validation": validation, "--test": test, "--at": at, "--every": every,
-        "--head": head, "--tokenizer": tokenizer, "--image-size": image_size_, "--model": model,
+        "--tokenizer": tokenizer, "--image-size": image_size_, "--model": model,
     })  # fmt: skip
     out = check_out(out or Path("runs") / (Path(what).name.partition(".")[0] or "own"), folder=True)
     if is_task:
         from offramp.jobs import job
 
-        own, work = None, job(what, data=data, **options)
+        own, work = None, job(what, data=data, head=head, **options)
     else:
         from offramp.own import Own, prepare
 
@@ -231,6 +234,7 @@ def _go(
     if not is_first():
         return
     before = _weights_of(out)
+    options = {**options, "head": work.head}
     save_run(out, what, options, network, report, objective=work.objective, recipe=work.recipe, own=own)
     if before not in (None, _weights_of(out)) and (old := made_from(out)):
         note(f"warning: {', '.join(path.name for path in old)} in {out} are of an earlier training; make them again.")
