@@ -1,6 +1,7 @@
 """What policies answer to rows that they were not calibrated on, with every row's share of right answers kept so that
 any two can be compared row by row."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from offramp import Calibration, CostModel, ExitTrace, MaxDrop
-from offramp.artefacts import read_json
+from offramp.artefacts import read_json, write_atomically
 from offramp.calibrate import Target
 from offramp.choices import calibrator_of
 from offramp.metrics import bootstrap_difference, metric_interval, metric_of
@@ -123,3 +124,21 @@ def told(found: dict[str, Any], **bases: dict[str, Any] | None) -> dict[str, Any
         if base is not None:
             row[f"less_{name}"] = difference(found["right"], base["right"])
     return row
+
+
+def write_rows(path: Path, value: dict[str, Any]) -> Path:
+    """The path, after `value` was written to it as JSON, atomically, whatever fits on a line on one."""
+    text = _fitted(value, 0) + "\n"
+    return write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _fitted(value: Any, depth: int) -> str:
+    one = json.dumps(value, allow_nan=False)
+    if len(one) <= 600 or not isinstance(value, dict | list):
+        return one
+    if isinstance(value, dict):
+        parts, marks = [f"{json.dumps(name)}: {_fitted(each, depth + 1)}" for name, each in value.items()], "{}"
+    else:
+        parts, marks = [_fitted(each, depth + 1) for each in value], "[]"
+    inner, outer = "\n" + " " * (depth + 1), "\n" + " " * depth
+    return marks[0] + inner + f",{inner}".join(parts) + outer + marks[1]

@@ -51,8 +51,8 @@ def networks(_: str) -> list[str]:
 
 def spread(found: dict[str, Any], metric: str) -> str:
     """The mean over training seeds, with the lowest and the highest."""
-    of_seeds = found[f"{metric}_of_seeds"]
-    more = f" ({percent(min(of_seeds))} to {percent(max(of_seeds))})" if len(of_seeds) > 1 else ""
+    of_seeds = found.get(f"{metric}_of_seeds")
+    more = f" ({percent(min(of_seeds))} to {percent(max(of_seeds))})" if of_seeds else ""
     return percent(found[metric]) + more
 
 
@@ -102,7 +102,7 @@ def static(_: str) -> list[str]:
         for name, other in each["static"].items():
             rows = [row for row in each["rows"] if row.get("static") == name]
             lines.append([
-                TASKS[each["task"]], name.removeprefix("static-"), str(len(other[f"{metric}_of_seeds"])),
+                TASKS[each["task"]], name.removeprefix("static-"), str(len(other.get(f"{metric}_of_seeds", [0]))),
                 spread(other, metric), *(f"{percent(row[metric])}, {points(row['less_static'])}" for row in rows),
             ])  # fmt: skip
     head = ["task", "layers", "trainings", "alone", "max-prob at their cost, accuracy less theirs", "stopping (ours)"]

@@ -21,11 +21,11 @@ import torch
 from experiments import judge
 from experiments.beem.cells import LAYERS, VARIANTS
 from experiments.beem.run import ABLATION, BASE, BEST, DEFAULT, JOINT, PLAIN, SMALL, STATICS, TASKS
-from experiments.judge import METRICS, Cells, NearPlain, alone, answers, difference, margin_of, told
+from experiments.judge import METRICS, Cells, NearPlain, alone, answers, difference, margin_of, told, write_rows
 
 import offramp
 from offramp import Budget, CostModel, ErrorRate, ExitTrace, MaxDrop
-from offramp.artefacts import write_atomically, write_json
+from offramp.artefacts import write_atomically
 from offramp.meter import Meter
 from offramp.pools import halves
 from offramp.tasks import TEXT_TASKS
@@ -164,10 +164,23 @@ def _over(found: list[dict[str, Any]]) -> dict[str, Any]:
         if name in first:
             values = torch.stack([torch.as_tensor(each[name], dtype=torch.float64) for each in found])
             row[name] = values.mean(0) if name == "right" else values.mean(0).tolist()
-            if name in METRICS:
+            if name in METRICS and len(found) > 1:
                 row[f"{name}_of_seeds"] = values.tolist()
     row["status"] = "/".join(sorted({each["status"] for each in found})) if "status" in first else "alone"
     return row
+
+
+def thin(value: Any, metric: str, *without: str) -> Any:
+    """Without the figures of metrics that are not the task's, except accuracy, and without others by their names."""
+    if isinstance(value, list):
+        return [thin(each, metric, *without) for each in value]
+    if not isinstance(value, dict):
+        return value
+    gone = {
+        *without,
+        *(f"{name}{of}" for name in METRICS if name not in (metric, "accuracy") for of in ("", "_of_seeds")),
+    }
+    return {name: thin(each, metric, *without) for name, each in value.items() if name not in gone}
 
 
 def _judged(work: tuple[str, str, int, Path, Path]) -> Any:
@@ -214,9 +227,13 @@ def main() -> None:
             done.append(each)
             meter.advance()
     by = dict(zip(wanted, done, strict=True))
-    ablation = {task: by["recipes", task, 0] for task in tasks if by["recipes", task, 0]}
+    metrics = {task: TEXT_TASKS[task.removesuffix("-full")].metric for task in tasks}
+    seeds = [f"{name}_of_seeds" for name in METRICS]
+    ablation = {
+        task: thin(by["recipes", task, 0], metrics[task], "shares", *seeds) for task in tasks if by["recipes", task, 0]
+    }
     tables = [
-        policies(task, found)
+        thin(policies(task, found), metrics[task])
         for task in tasks
         if (found := [by["seed", task, seed] for seed in SEEDS if by.get(("seed", task, seed))])
     ]
@@ -224,11 +241,11 @@ def main() -> None:
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"recipes": {}, "policies": []}
     cells = Cells(options.results)
     value = {
-        "without": {**before.get("without", {}), **{task: longer(task, cells) for task in tasks}},
+        "without": {**before.get("without", {}), **{task: thin(longer(task, cells), metrics[task]) for task in tasks}},
         "budgets": BUDGETS, "best": BEST, "recipes": {**before["recipes"], **ablation},
         "policies": [each for each in before["policies"] if options.recipes or each["task"] not in tasks] + tables,
     }  # fmt: skip
-    write_json(out, value)
+    write_rows(out, value)
     print(f"wrote {out}: {len(cells.told)} trainings, {len(value['policies'])} tables")
 
 
