@@ -30,9 +30,10 @@ def times(_: str) -> list[str]:
 
 
 BLOCKS: dict[str, Callable[[str], list[str]]] = {
-    "networks": beem.networks, "beem": beem.beem, "near": beem.near, "static": beem.static, "budgets": beem.budgets,
-    "recipes": beem.recipes, "speed": beem.speed, "eenet": eenet.eenet, "checks": eenet.checks, "times": times,
-    "tokens": tokens.tokens, "tokenspeed": tokens.token_speed, "heads": tokens.heads, "highlights": tokens.highlights,
+    "networks": beem.networks, "fewer": beem.fewer, "beem": beem.beem, "near": beem.near, "static": beem.static,
+    "budgets": beem.budgets, "recipes": beem.recipes, "speed": beem.speed, "eenet": eenet.eenet, "checks": eenet.checks,
+    "times": times, "tokens": tokens.tokens, "tokenspeed": tokens.token_speed, "heads": tokens.heads,
+    "highlights": tokens.highlights,
 }  # fmt: skip
 
 

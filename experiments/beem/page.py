@@ -16,10 +16,11 @@ RECIPES = {
     "taught-attention": "attention heads", "taught-pooler": "a projection in every head",
     "taught-self-pooler": "taught by the last exit, a projection in every head", "taught-longer": "twice as long",
     "depth": "jointly from the start, depth weights (PABEE, BEEM)",
-    "longer": "the same, for as long as the base in all (the default of `train`)",
+    "longer": "the same, for as long as the base in all (the default of `offramp.train`)",
     "longer-self": "jointly from the start, taught by the last exit, as long",
     "longer-pooler": "jointly from the start, depth weights, a projection in every head, as long",
-    "longer-self-pooler": "jointly from the start, taught by the last exit, a projection in every head, as long",
+    "longer-self-pooler":
+        "jointly from the start, taught by the last exit, a projection in every head, as long (`offramp train`, texts)",
     "plain-first": "fine-tuned, then taught by the last exit, in one run",
     "heads-after": "heads alone on the frozen network (DeeBERT)",
 }  # fmt: skip
@@ -47,6 +48,21 @@ def networks(_: str) -> list[str]:
     head = ["task", "seeds", "metric", "rows", "halves drawn", "plain", "2 layers", "3 layers", "4 layers"]
     head.append("exits 1 to 6")
     return grid(head, rows) if rows else NOTHING
+
+
+def fewer(_: str) -> list[str]:
+    """Fewer layers alone, by how they were trained: the tables hold exits against the last way."""
+    cells = loaded("beem", "cells.json") or {}
+    tasks = [task for task in TASKS if f"{task}-static-2-pooler-0" in cells]
+    lines = []
+    for name, text, epochs in (("", "means over tokens", "1.0"), ("-longer", "the same, for as long as exits", "1.5"),
+                               ("-pooler", "with a projection, as long", "1.5")):  # fmt: skip
+        rows = [[cells.get(f"{task}-static-{k}{name}-0") for k in (2, 3, 4)] for task in tasks]
+        told = [" / ".join(percent(cell["accuracy"][0]) if cell else "" for cell in each) for each in rows]
+        lines.append([text, epochs, *told])
+    return (
+        grid(["accuracy of 2 / 3 / 4 layers", "epochs", *(TASKS[task] for task in tasks)], lines) if tasks else NOTHING
+    )
 
 
 def spread(found: dict[str, Any], metric: str) -> str:

@@ -29,7 +29,7 @@ TASKS = ("sst2", *SMALL)
 ABLATION = tuple(name for name in VARIANTS if name.startswith("taught"))
 JOINT = ("depth", "longer", "longer-self", "longer-pooler", "longer-self-pooler", "plain-first", "heads-after")
 BASE = "taught"  # what the recipes differ from in one thing
-DEFAULT = "longer"  # the default of `train`, at the same cost
+DEFAULT = "longer"  # the default of `offramp.train`, at the same cost
 PUT_ON = "taught-self"  # the exits of EENet's tables: put on a fine-tuned network, as a user has it
 # BEEM's table: exits, the network without them and its first layers alone, all trained as long
 BEST, PLAIN = "longer-self-pooler", "plain-longer"
@@ -54,6 +54,7 @@ def plan() -> list[Cell]:
     cells += [(task, STATICS["static-3"], seed) for seed in (1, 2) for task in SMALL]
     cells += [(task, "longer-pooler", 0) for task in mixed]
     cells += [(task, name, 0) for name in ABLATION for task in mixed]
+    cells += [(task, f"static-{k}-longer", 0) for k in (2, 3, 4) for task in mixed]
     cells += [("sst2-full", name, 0) for name in (PLAIN, BEST, *STATICS.values())]
     return list(dict.fromkeys(cells))
 
