@@ -28,7 +28,7 @@ $(VENV)/.dev: $(VENV)/.core
 quickstart: $(VENV)/.core ## train a small network with exits, calibrate, and time it
 	$(BIN)/offramp quickstart
 
-sst2: $(VENV)/.dev ## the same on SST-2 with MiniLM (set OFFRAMP_DATA=DIR; about 25 minutes of training on two cores, 15 of timing)
+sst2: $(VENV)/.dev ## the same on SST-2 with MiniLM (set OFFRAMP_DATA=DIR; 6 to 25 minutes of training, 6 of timing)
 	$(BIN)/offramp quickstart --task sst2 $(if $(OFFRAMP_DATA),--data $(OFFRAMP_DATA))
 
 test: $(VENV)/.dev ## run the tests
