@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from offramp.errors import NoSuchModule, ShapeError, ValueRangeError
 
 __all__ = [
-    "Head", "HeadSpec", "MapHead", "TokenHead", "VectorHead", "Wanted", "auto_head", "build_heads", "mask_weights",
+    "Head", "HeadSpec", "MapHead", "TokenHead", "VectorHead", "Wanted", "auto_head", "build_heads", "check_head",
+    "mask_weights",
 ]  # fmt: skip
 
 Shape = tuple[int, ...]
@@ -149,6 +150,16 @@ SHORT: dict[str, HeadSpec] = {
 #: always holds something, and a projection makes early exits better (docs/results.md, better exits)
 TEXT_HEAD = "projected"
 Wanted = str | HeadSpec | nn.Module | Callable[[Shape, int], nn.Module]
+
+
+def check_head(name: str | None) -> None:
+    """Nothing; an error where a head that is named by a word is not known. None stands for whatever is the default.
+
+    Raises:
+        ValueRangeError: the word is none of the short names, nor "auto".
+    """
+    if name not in (None, "auto", *SHORT):
+        raise ValueRangeError(f"the head {name!r} is not known; expected auto, {', '.join(SHORT)}.")
 
 
 def auto_head(shape: Shape, model: nn.Module) -> HeadSpec:

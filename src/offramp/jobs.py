@@ -12,7 +12,7 @@ from offramp.augment import CropFlip
 from offramp.data import Examples
 from offramp.demo import digits, resnet20, resnet56
 from offramp.errors import DataError, ValueRangeError
-from offramp.heads import SHORT, TEXT_HEAD, MapHead
+from offramp.heads import TEXT_HEAD, MapHead, check_head
 from offramp.machine import fast_precision
 from offramp.model import MultiExitModel
 from offramp.objectives import DepthWeighted, Objective, SelfDistill
@@ -136,8 +136,7 @@ def _text(
     name: str, data: str | Path | None, epochs: int, limit: int | None, max_length: int, seed: int, head: str
 ) -> Job:
     task = TEXT_TASKS[name]
-    if head not in SHORT and head != "auto":
-        raise ValueRangeError(f"the head {head!r} is not known; expected auto, {', '.join(SHORT)}.")
+    check_head(head)
 
     def build() -> tuple[MultiExitModel, Any]:
         with torch.random.fork_rng(devices=[]):

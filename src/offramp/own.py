@@ -10,7 +10,7 @@ import torch
 from offramp.attach import attach
 from offramp.data import Examples
 from offramp.errors import DataError, ValueRangeError
-from offramp.heads import SHORT, TEXT_HEAD
+from offramp.heads import TEXT_HEAD, check_head
 from offramp.jobs import Job
 from offramp.machine import fast_precision
 from offramp.model import MultiExitModel
@@ -91,8 +91,7 @@ def prepare(own: Own) -> OwnJob:
         validation=None if own.validation is None else absolute(own.validation),
         test=None if own.test is None else absolute(own.test),
     )
-    if own.head not in (None, "auto", *SHORT):
-        raise ValueRangeError(f"the head {own.head!r} is not known; expected auto, {', '.join(SHORT)}.")
+    check_head(own.head)
     known = labels_of(own.model)  # first, so that a slip in the name shows before the data were read
     columns = columns_of(own)
     parts, notes = parts_of(own, columns, checker(columns))
