@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "policies"
 RIGHT, WRONG, LINE = "#0072B2", "#D55E00", "#444444"
 DASHES: Any = (0, (3, 1.2))
-#: On other halves Stopping may fall back to max-prob, whose picture would be drawn twice.
+#: On other halves Stopping may come out as max-prob, whose picture would be drawn twice.
 SEED = 1
 #: Half of the plain model's cost; at that, those that count would let all rows leave at one and the same exit.
 BUDGETS = {"patience": 0.6, "f-pabee": 0.6, "pcee": 0.6, "voting": 0.6}
@@ -126,7 +126,7 @@ def bands(name: str, one: Drawn, trace: ExitTrace) -> list[Band]:
     policy: Any = one.policy
     early = one.walked.visited[:-1]
     thresholds = [at_exit(policy.thresholds, k) for k in early]
-    label = "value of leaving" if isinstance(policy, Stopping) and policy.values is not None else SCORES[name]
+    label = "gate" if isinstance(policy, Stopping) and policy.gates is not None else SCORES[name]
     counts = isinstance(policy, FPABEE | PCEE) or name == "patience"
     shown = [Band(label, one.walked.score, thresholds, "patience" if counts else "threshold")]
     logits = trace.logits[list(one.walked.visited)]

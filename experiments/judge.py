@@ -1,6 +1,7 @@
 """What policies answer to rows that they were not calibrated on, with every row's share of right answers kept so that
 any two can be compared row by row."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,6 +125,12 @@ def told(found: dict[str, Any], **bases: dict[str, Any] | None) -> dict[str, Any
         if base is not None:
             row[f"less_{name}"] = difference(found["right"], base["right"])
     return row
+
+
+def digest_of(*sources: Path) -> str:
+    """Of source files, and of all in folders, by what they hold: whether code has changed since something was made."""
+    files = [file for path in sources for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def write_rows(path: Path, value: dict[str, Any]) -> Path:

@@ -11,17 +11,20 @@ on.
 """
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from experiments.beem.cells import VARIANTS, folder_of, network_of, rows_of
 from experiments.beem.run import BEST, PLAIN
-from experiments.judge import Cells, NearPlain, alone, margin_of, told
+from experiments.judge import Cells, NearPlain, alone, digest_of, margin_of, told
 from safetensors.torch import load_file
 
+import offramp
 from offramp import Budget, MaxDrop
 from offramp.artefacts import read_json, write_json
-from offramp.bench import Plan, Subject, bench
+from offramp.bench import Bench, Plan, Subject, bench
 from offramp.bench.apart import Opener
 from offramp.checkpoints import named_tensors
 from offramp.choices import calibrator_of
@@ -43,7 +46,10 @@ def calibrated(task: str, seed: int, out: Path) -> None:
     if got is None or other is None:
         raise SystemExit(f"{task} is not trained yet: python -m experiments.beem.run --data DIR --only {task}")
     of = {name: cells.told[f"{task}-{name}-{seed}"]["weights_sha256"] for name in (BEST, PLAIN)}
-    if out.exists() and read_json(out).get("of") == of:
+    ours = Path(offramp.__file__).parent
+    of["code"] = digest_of(ours / "calibrate", ours / "policies")
+    before = read_json(out) if out.exists() else {"of": {}, "policies": []}
+    if before["of"] == of:
         return
     trace, costs = got
     metric = TEXT_TASKS[task.removesuffix("-full")].metric
@@ -66,9 +72,17 @@ def calibrated(task: str, seed: int, out: Path) -> None:
                 "value": to_dict(made.policy),
                 **told({"right": right, "accuracy": float(right.mean())}, plain={"right": plain[test]}),
             })  # fmt: skip
-    for path in timed_at(out):  # of other exits
-        path.unlink(missing_ok=True)
+    same = all(before["of"].get(name) == of[name] for name in (BEST, PLAIN))
+    known = {each["policy"]: each["value"] for each in before["policies"]} if same else {}
+    forget(timed_at(out), {each["policy"] for each in rows if known.get(each["policy"]) != each["value"]})
     write_json(out, {"of": of, "margin": margin, "metric": metric, "policies": rows})
+
+
+def forget(timed: Sequence[Path], policies: set[str]) -> None:
+    """Nothing; the files have no times of these policies any more, which are others by now."""
+    for path in filter(Path.exists, timed):
+        found = Bench.from_dict(read_json(path))
+        write_json(path, replace(found, cells=tuple(c for c in found.cells if c.policy not in policies)).to_dict())
 
 
 def timed_at(beside: Path) -> tuple[Path, Path]:

@@ -21,7 +21,18 @@ import torch
 from experiments import judge
 from experiments.beem.cells import LAYERS, VARIANTS
 from experiments.beem.run import ABLATION, BASE, BEST, DEFAULT, JOINT, PLAIN, SMALL, STATICS, TASKS
-from experiments.judge import METRICS, Cells, NearPlain, alone, answers, difference, margin_of, told, write_rows
+from experiments.judge import (
+    METRICS,
+    Cells,
+    NearPlain,
+    alone,
+    answers,
+    difference,
+    digest_of,
+    margin_of,
+    told,
+    write_rows,
+)
 
 import offramp
 from offramp import Budget, CostModel, ErrorRate, ExitTrace, MaxDrop
@@ -194,9 +205,8 @@ def _judged(work: tuple[str, str, int, Path, Path]) -> Any:
                     if cell["task"] == task and (what == "recipes" or cell["seed"] == seed)},
         "with": [what, FAMILIES, BUDGETS, LEADING, STATICS, REPEATS, RECIPE_REPEATS],
     }  # fmt: skip
-    sources = [*sorted(Path(offramp.__file__).parent.rglob("*.py")), Path(__file__), Path(judge.__file__)]
-    code = [path.read_bytes() for path in sources]  # policies may change
-    digest = hashlib.sha256(b"".join([json.dumps(made_from, sort_keys=True).encode(), *code])).hexdigest()
+    code = digest_of(Path(offramp.__file__).parent, Path(__file__), Path(judge.__file__))  # policies may change
+    digest = hashlib.sha256(f"{json.dumps(made_from, sort_keys=True)}{code}".encode()).hexdigest()
     path = runs / "judged" / f"{what}-{task}-{seed}-{digest[:16]}.pt"
     if not path.exists():
         found = recipes(task, cells) if what == "recipes" else one_seed(task, seed, cells)

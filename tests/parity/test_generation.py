@@ -59,7 +59,7 @@ POLICIES = {
     "beem": BEEM(weights=(0.6,) * LAYERS, thresholds=(0.4,) * LAYERS),
     "stopping": Stopping(  # leaves where it is sure, and where it was never going to be
         thresholds=0.0, weights=Array(torch.eye(LAYERS) * 0.7 + torch.full((LAYERS, LAYERS), 0.3).tril(-1)),
-        biases=Array(torch.zeros(LAYERS, 1)), values=Array(torch.tensor([[0.3, 0.0, -0.2, -0.2]] * LAYERS)),
+        biases=Array(torch.zeros(LAYERS, 1)), gates=Array(torch.tensor([[0.3, -2.0, 2.0, 0.1]] * LAYERS)),
     ),
 }  # fmt: skip
 

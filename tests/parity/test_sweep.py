@@ -73,7 +73,7 @@ def thresholded(flags):
         JEIDNN(array(EXITS, 5), 0.6, 0.5, flags),
         AccuracyBins(edges, ((0.1, 0.4, 0.6, 0.9),) * EXITS, 0.6, flags),
         Stopping(0.6, nearly_own, array(EXITS, CLASSES), None, flags),
-        Stopping(0.6, nearly_own, array(EXITS, CLASSES), Array([[0.3, -1.0, 0.0, -0.2]] * EXITS), flags),
+        Stopping(0.6, nearly_own, array(EXITS, CLASSES), Array([[-0.3, 0.8, -0.4, 0.5]] * EXITS), flags),
     ]
 
 

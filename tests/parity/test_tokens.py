@@ -49,8 +49,8 @@ def texts(count: int, seed: int) -> list[list[int]]:
 
 
 def stopping(weights: torch.Tensor) -> Stopping:
-    values = Array(torch.tensor([[0.3, 0.0, -0.2, -0.2]] * LAYERS))
-    return Stopping(0.0, weights=Array(weights), biases=Array(torch.zeros(LAYERS, 1)), values=values)
+    gates = Array(torch.tensor([[0.3, -2.0, 2.0, 0.1]] * LAYERS))
+    return Stopping(0.0, weights=Array(weights), biases=Array(torch.zeros(LAYERS, 1)), gates=gates)
 
 
 @cache

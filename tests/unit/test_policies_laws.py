@@ -44,7 +44,7 @@ KINDS = (
     *SIMPLE, "Patience", "Patience-multilabel", "Patience-regression", "BEEM-own", "BEEM-zero", "BEEM-multilabel",
     "BEEM-regression", "FPABEE-js", "FPABEE-kl", "FPABEE-kl-reverse", "FPABEE-symmetric", "FPABEE-multilabel",
     "FPABEE-regression", "PCEE", "EENet-linear", "EENet-mlp", "EENet-few", "EENet-votes", "ZTW", "ZTW-apart", "JEIDNN",
-    "AccuracyBins", "Fixed", "Stopping", "Stopping-values",
+    "AccuracyBins", "Fixed", "Stopping", "Stopping-gates",
 )  # fmt: skip
 NEAR = 1e-5
 
@@ -89,7 +89,7 @@ def random_policy(kind: str, exits: int, classes: int, seed: int, flags: tuple[b
         return ZTW(thresholds, *arrays, cascade, flags)
     if kind.startswith("Stopping"):
         arrays = [Array(torch.randn(s, generator=g)) for s in ((exits,) * 2, (exits, classes), (exits, 4))]
-        return Stopping(thresholds, *arrays[: 3 if kind == "Stopping-values" else 2], enabled=flags)
+        return Stopping(thresholds, *arrays[: 3 if kind == "Stopping-gates" else 2], enabled=flags)
     if kind == "JEIDNN":
         return JEIDNN(Array(torch.randn(exits, 5, generator=g)), thresholds, 0.5, flags)
     if kind == "AccuracyBins":

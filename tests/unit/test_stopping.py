@@ -1,4 +1,4 @@
-"""Stopping: mixtures lower the cross-entropy, values are worth having where they are, and max-prob is the fall-back."""
+"""Stopping: mixtures lower the cross-entropy, gates learn what they should, and the better of both kinds is chosen."""
 
 import math
 from dataclasses import replace
@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from offramp import Budget, CostModel, DataError, ExitTrace, MaxProb, Stopping, calibrate
 from offramp.calibrate import Calibrator, Options
-from offramp.calibrate.learned import logistic, multinomial
-from offramp.calibrate.stopping import CANDIDATES, Candidate, StoppingFit, fit_mixture
-from offramp.policies.stopping import value_features
+from offramp.calibrate.learned import gates_backwards, gates_in_hindsight, logistic, multinomial
+from offramp.calibrate.stopping import Candidate, StoppingFit, fit_mixture
+from offramp.policies.stopping import surety
 from offramp.simulate import simulate
 
 COSTS = CostModel.from_costs((0.25, 0.5, 0.75, 1.0))
@@ -33,7 +33,7 @@ def only(mixture: str, rule: str) -> Options:
     return Options(stopping=StoppingFit(candidates=(Candidate(mixture, rule),)))
 
 
-def test_without_a_mixture_and_values_it_is_max_prob():
+def test_without_a_mixture_and_gates_it_is_max_prob():
     trace, test = made(800, own_noise=1.0), made(900, own_noise=1.0, seed=1)
     for fraction in (0.3, 0.6, 0.9):
         ours = Calibrator(Stopping, trace, COSTS, only("own", "shared")).to(Budget(fraction=fraction)).policy
@@ -61,18 +61,33 @@ def test_a_mixture_knows_more_than_an_exit_where_errors_are_their_own():
     assert abs(ours.cost - theirs.cost) < 0.03
 
 
-def test_where_nothing_beats_max_prob_it_is_max_prob():
-    """Later exits know all that earlier ones do, and one threshold is as good as any: nothing can be gained."""
+def test_where_a_mixture_gains_nothing_each_exit_answers_alone():
+    """Later exits know all that earlier ones do."""
     g = torch.Generator().manual_seed(3)
     labels = torch.randint(3, (2000,), generator=g)
     last = F.one_hot(labels, 3) * 2.0 + torch.randn(2000, 3, generator=g)
     trace = ExitTrace(torch.stack([last] * 4), labels)
     found = calibrate(Stopping, trace, COSTS, Budget(fraction=0.6)).policy
-    assert found.values is None
     assert torch.equal(found.weights.tensor(torch.device("cpu")), torch.eye(4))
 
 
-@pytest.mark.parametrize("rule", ["shared", "shares", "value"])
+def lucky() -> ExitTrace:
+    """Exit 1 is no better than exit 0 and right of other rows, by luck; exits 2 and 3 are right."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(2, (4000,), generator=g)
+    weak = F.one_hot(labels, 2) * 1.0 + torch.randn(4000, 2, generator=g)
+    strong = F.one_hot(labels, 2) * 6.0 + torch.randn(4000, 2, generator=g)
+    return ExitTrace(torch.stack([weak, weak + 0.5 * torch.randn(4000, 2, generator=g), strong, strong]), labels)
+
+
+def test_hindsight_is_not_chosen_where_it_hopes_for_luck():
+    target, right = Budget(fraction=0.35), {}
+    for name, options in (("hindsight", only("own", "hindsight")), ("chosen", Options())):
+        right[name] = simulate(Calibrator(Stopping, lucky(), COSTS, options).to(target).policy, lucky(), COSTS).accuracy
+    assert right["chosen"] > right["hindsight"] + 0.02
+
+
+@pytest.mark.parametrize("rule", ["shared", "hindsight", "value"])
 @pytest.mark.parametrize("mixture", ["own", "weights", "full"])
 @pytest.mark.parametrize("flags", [None, (False, True, True, True)])
 def test_every_candidate_meets_budgets_from_below(mixture, rule, flags):
@@ -86,14 +101,8 @@ def test_every_candidate_meets_budgets_from_below(mixture, rule, flags):
 
 
 def test_a_dear_exit_that_gains_nothing_is_passed_by():
-    """Exit 1 is no better than exit 0, exit 2 is right: the value of going on sees past exit 1, a shared threshold
-    cannot."""
-    g = torch.Generator().manual_seed(0)
-    labels = torch.randint(2, (4000,), generator=g)
-    weak = F.one_hot(labels, 2) * 1.0 + torch.randn(4000, 2, generator=g)
-    strong = F.one_hot(labels, 2) * 6.0 + torch.randn(4000, 2, generator=g)
-    trace = ExitTrace(torch.stack([weak, weak + 0.5 * torch.randn(4000, 2, generator=g), strong, strong]), labels)
-    target = Budget(fraction=0.5)
+    """Gates by value see past exit 1, a shared threshold cannot."""
+    trace, target = lucky(), Budget(fraction=0.5)
     value = Calibrator(Stopping, trace, COSTS, only("own", "value")).to(target).policy
     shared = Calibrator(Stopping, trace, COSTS, only("own", "shared")).to(target).policy
     ours, theirs = simulate(value, trace, COSTS), simulate(shared, trace, COSTS)
@@ -106,21 +115,50 @@ def test_it_is_deterministic_and_round_trips_with_its_parts():
     one, two = (calibrate(Stopping, trace, COSTS, Budget(fraction=0.6)).policy for _ in range(2))
     assert one == two
     kept = calibrate(replace(one, thresholds=0.0), trace, COSTS, Budget(fraction=0.4)).policy
-    assert (kept.weights, kept.biases, kept.values) == (one.weights, one.biases, one.values)
+    assert (kept.weights, kept.biases, kept.gates) == (one.weights, one.biases, one.gates)
 
 
-def test_the_first_candidate_is_max_prob_and_labels_are_needed():
-    assert CANDIDATES[0] == Candidate("own", "shared")
+def test_labels_are_needed():
     with pytest.raises(DataError, match="Stopping"):
         calibrate(Stopping, ExitTrace(torch.randn(4, 20, 3)), COSTS, Budget(fraction=0.6))
 
 
-def test_value_features_by_hand():
-    p = torch.tensor([0.5, 0.9, 1.0])
-    seen = value_features(p.log(), torch.tensor([True, False, True]))
-    odds = [0.0, math.log(9.0), 8.0]
-    for row, value, same in zip(seen.tolist(), odds, (1.0, 0.0, 1.0), strict=True):
-        assert row == pytest.approx([1.0, value / 3, value**2 / 9, same], abs=1e-4)
+def test_what_gates_see_by_hand():
+    p = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.7, 0.1]])
+    seen = surety(p.log())
+    assert seen.tolist() == [pytest.approx([1.0, 0.5, 0.25, 0.0]), pytest.approx([1.0, 0.7, 0.49, 0.5])]
+    assert surety(torch.zeros(1, 1)).tolist() == [[1.0, 1.0, 1.0, 1.0]]
+
+
+def test_gates_in_hindsight_by_hand():
+    """Five rows and a feature that is always one: a gate is the log-odds of the share of rows whose best exit is not
+    later. Exits cost 0.25, 0.5, 0.75 and 1; at a price of 1, being right is worth going anywhere."""
+    right = torch.tensor([[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0]])
+    seen = torch.ones(4, 5, 1)
+    gates = gates_in_hindsight(seen, 1.0 - right, COSTS, (True,) * 4, 1.0).flatten()
+    # best exits: 0, 1, 1, 2, and 0 for the row that nobody gets right
+    shares = torch.sigmoid(gates[:3])
+    assert shares.tolist() == pytest.approx([2 / 5, 4 / 5, 1.0], abs=2e-2)
+    assert gates[3] == 0
+    dear = gates_in_hindsight(seen, 1.0 - right, COSTS, (True,) * 4, 5.0).flatten()
+    assert torch.sigmoid(dear[0]) > 0.95  # nothing is worth going on for
+    without = gates_in_hindsight(seen[:3], (1.0 - right)[[0, 2, 3]], COSTS, (True, False, True, True), 1.0).flatten()
+    assert without[1] == 0
+    assert torch.sigmoid(without[0]) == pytest.approx(2 / 5, abs=2e-2)
+
+
+def test_gates_backwards_by_hand():
+    """Exits 2 and 3 are right of one row more than exits 0 and 1."""
+    right = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0]])
+    sure = torch.tensor([[1.0, 1.0, 0.0, 0.0, 0.0]] * 4)
+    seen = torch.stack([torch.ones(4, 5), sure], dim=-1)  # of the first two rows it is known that they are right
+    worth = seen @ gates_backwards(seen, 1.0 - right, COSTS, (True,) * 4, 0.5).T  # [visit row exit]
+    leaves = [(worth[0, :, k] >= 0).tolist() for k in range(3)]
+    assert leaves[2] == [True] * 5  # the last is no better
+    # one of three unsure rows gains 1, all three pay 0.125 to go on from exit 1, and 0.25 from exit 0
+    assert leaves[1] == leaves[0] == [True, True, False, False, False]
+    dear = gates_backwards(seen, 1.0 - right, COSTS, (True,) * 4, 3.0)
+    assert ((seen @ dear.T)[0, :, :3] >= 0).all()
 
 
 def test_multinomial_with_one_parameter_is_a_temperature():
@@ -131,6 +169,15 @@ def test_multinomial_with_one_parameter_is_a_temperature():
     around = [float(F.cross_entropy(logits * s, trace.labels)) for s in (scale - 0.01, scale, scale + 0.01)]
     assert around[1] == min(around)
     assert scale < 0.9
+
+
+def test_logistic_of_weighted_rows_is_that_of_repeated_ones():
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(40, 2, generator=g), torch.ones(40, 1)], dim=1)
+    y, times = (torch.rand(40, generator=g) < 0.4).float(), torch.arange(40) % 3
+    weighted = logistic(x, y, weight=times.float())
+    again = logistic(x.repeat_interleave(times, dim=0), y.repeat_interleave(times))
+    assert weighted.tolist() == pytest.approx(again.tolist(), abs=1e-4)
 
 
 def test_logistic_with_a_bias_alone_gives_the_rate():

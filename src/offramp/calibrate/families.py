@@ -20,7 +20,7 @@ from offramp.calibrate.ladders import (
 )
 from offramp.calibrate.learned import fit_bins, fit_ztw, gate_ladder
 from offramp.calibrate.spend import Spend
-from offramp.calibrate.stopping import StoppingFit, choose_stopping, geometric, unbiased
+from offramp.calibrate.stopping import StoppingFit, choose_stopping, unbiased
 from offramp.cost import CostModel
 from offramp.errors import ValueRangeError
 from offramp.policies import (
@@ -92,7 +92,7 @@ def switched_off(start: Policy, trace: ExitTrace) -> Policy:
                        enabled=only_last)  # fmt: skip
     if isinstance(start, Stopping):
         own = Array(torch.eye(trace.exits))
-        return replace(start, weights=own, biases=Array(unbiased(trace)), values=None, enabled=only_last)
+        return replace(start, weights=own, biases=Array(unbiased(trace)), gates=None, enabled=only_last)
     if isinstance(start, EENet):  # its features count the exits that are on
         return blank_eenet(trace.exits, trace.classes, only_last)
     if isinstance(start, Fixed):
@@ -189,8 +189,14 @@ def _quotas(kind: Any, shares_for: Any, trace: ExitTrace, flags: tuple[bool, ...
     return start, QuotaLadder(start, trace, flags, shares_for)
 
 
+def _geometric(spend: Spend) -> Callable[[float], Float[Tensor, "visit"]]:
+    """Shares of the visited exits proportional to q^k, q from 1e-4 to 1e4 evenly in its logarithm over [-1, 1]."""
+    place = torch.arange(1, len(spend.visited) + 1, dtype=torch.float64)
+    return lambda knob: torch.softmax(place * knob * 9.2103, dim=0)
+
+
 def _msdnet(value: Any, trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...], options: Options) -> _Made:
-    return _quotas(MSDNet, geometric, trace, flags)
+    return _quotas(MSDNet, _geometric, trace, flags)
 
 
 def _eero(value: Any, trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...], options: Options) -> _Made:

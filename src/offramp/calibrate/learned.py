@@ -17,7 +17,17 @@ from offramp.policies.jeidnn import JEIDNN, gate_features
 from offramp.scores import max_prob
 from offramp.trace import ExitTrace
 
-__all__ = ["fit_bins", "fit_ztw", "gate_ladder", "logistic", "minimise", "multinomial", "some_rows"]
+__all__ = [
+    "fit_bins",
+    "fit_ztw",
+    "gate_ladder",
+    "gates_backwards",
+    "gates_in_hindsight",
+    "logistic",
+    "minimise",
+    "multinomial",
+    "some_rows",
+]
 
 #: Rows beyond these are left out of fits (not of thresholds), by seed; so are rows beyond so many logits an exit.
 MAX_ROWS, MAX_LOGITS = 10_000, 1_000_000
@@ -94,24 +104,30 @@ def fit_bins(trace: ExitTrace, flags: tuple[bool, ...], *, bins: int = 20, isoto
 
 
 def logistic(
-    inputs: Float[Tensor, "row feature"], target: Float[Tensor, "row"], ridge: float = 1e-3
+    inputs: Float[Tensor, "row feature"],
+    target: Float[Tensor, "row"],
+    ridge: float = 1e-3,
+    *,
+    weight: Float[Tensor, "row"] | None = None,
 ) -> Float[Tensor, "feature"]:
     """Weights of a logistic regression, by Newton's method in float64; `inputs` hold a column of ones for a bias.
 
     Args:
         ridge: half its square length times rows is added to the loss, so that separable data have an answer.
+        weight: of the rows, of any scale; None for all the same.
     """
     x, y = inputs.double(), target.double()
+    counts = torch.ones_like(y) if weight is None else weight.double() / weight.double().mean().clamp(min=1e-12)
     beta = torch.zeros(x.shape[1], dtype=torch.float64)
     eye = ridge * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
 
     def loss(beta: Tensor) -> Tensor:
         z = x @ beta
-        return (F.softplus(z) - y * z).sum() + 0.5 * beta @ eye @ beta
+        return (counts * (F.softplus(z) - y * z)).sum() + 0.5 * beta @ eye @ beta
 
     def slopes(beta: Tensor) -> tuple[Tensor, Tensor]:
         p = torch.sigmoid(x @ beta)
-        return x.T @ (p - y) + eye @ beta, (x * (p * (1 - p))[:, None]).T @ x + eye
+        return x.T @ (counts * (p - y)) + eye @ beta, (x * (counts * p * (1 - p))[:, None]).T @ x + eye
 
     return _newton(loss, slopes, beta, 50, 1e-10).float()
 
@@ -162,23 +178,48 @@ def _newton(
 
 
 def gate_ladder(trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...], *, power: float = 0.5) -> PriceLadder:
-    """JEI-DNN's gates for a range of prices: a row's target is l* = argmin_l CE_l + price b_l, and gate k learns
-    whether k >= l*."""
+    """JEI-DNN's gates for a range of prices, by every exit's cross-entropy."""
     rows = some_rows(trace)
     labels, visited = rows.known_labels("JEI-DNN"), [k for k, on in enumerate(flags) if on]
-    cost = torch.tensor(costs.cumulative(flags))[visited]
     losses = torch.stack([F.cross_entropy(rows.logits[k], labels, reduction="none") for k in visited])
     ones = torch.ones(rows.rows, 1)
-    seen = [torch.cat([gate_features(rows.logits[k], power), ones], dim=1) for k in visited[:-1]]
+    seen = torch.stack([torch.cat([gate_features(rows.logits[k], power), ones], dim=1) for k in visited])
 
     def make(price: float) -> JEIDNN:
-        best = (losses + price * cost[:, None]).argmin(dim=0)
-        gates = torch.zeros(rows.exits, 5)
-        for place, x in enumerate(seen):
-            gates[visited[place]] = logistic(x, (best <= place).float())
+        gates = gates_in_hindsight(seen, losses, costs, flags, price)
         return JEIDNN(Array(gates), (ALWAYS,) * rows.exits, power, None if all(flags) else flags)
 
     return PriceLadder(trace, flags, make, tuple(0.01 * 1.6**i for i in range(16)), rungs=60)
+
+
+def gates_in_hindsight(
+    seen: Float[Tensor, "visit row feature"], losses: Float[Tensor, "visit row"], costs: CostModel,
+    flags: tuple[bool, ...], price: float,
+) -> Float[Tensor, "exit feature"]:  # fmt: skip
+    """One gate per exit: the best exit of a row is l* = argmin_l loss_l + price b_l, b_l the cost of leaving there, and
+    gate k learns, by logistic regression on what is seen at exit k, whether k >= l*. The last has none."""
+    visited = [k for k, on in enumerate(flags) if on]
+    best = (losses + price * torch.tensor(costs.cumulative(flags))[visited][:, None]).argmin(dim=0)
+    gates = torch.zeros(len(flags), seen.shape[-1])
+    for place, k in enumerate(visited[:-1]):
+        gates[k] = logistic(seen[place], (best <= place).float())
+    return gates
+
+
+def gates_backwards(
+    seen: Float[Tensor, "visit row feature"], losses: Float[Tensor, "visit row"], costs: CostModel,
+    flags: tuple[bool, ...], price: float,
+) -> Float[Tensor, "exit feature"]:  # fmt: skip
+    """One gate per exit, the last early exit's first: gate k learns whether leaving there loses no more, cost and all,
+    than going on to where the gates after it leave. A row weighs what is between the two."""
+    visited = [k for k, on in enumerate(flags) if on]
+    lost = losses + price * torch.tensor(costs.cumulative(flags))[visited][:, None]
+    gates, ahead = torch.zeros(len(flags), seen.shape[-1]), lost[-1]
+    for place in range(len(visited) - 2, -1, -1):
+        dearer = lost[place] - ahead
+        gates[visited[place]] = logistic(seen[place], (dearer <= 0).float(), weight=dearer.abs())
+        ahead = torch.where(seen[place] @ gates[visited[place]] >= 0, lost[place], ahead)
+    return gates
 
 
 def minimise(loss: Callable[[Tensor], Tensor], start: Tensor, steps: int = 60) -> Tensor:

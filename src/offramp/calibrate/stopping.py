@@ -1,6 +1,6 @@
-"""Fitting `Stopping`: mixtures by cross-entropy, values backwards from the last exit, parts by cross-validation."""
+"""Fitting `Stopping`: mixtures by cross-entropy, gates in hindsight, parts by cross-validation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from offramp.calibrate.ladders import ALWAYS, Ladder, PriceLadder, QuotaLadder, SharedLadder, SpendOf
-from offramp.calibrate.learned import logistic, multinomial, some_rows
+from offramp.calibrate.ladders import ALWAYS, Ladder, PriceLadder, SharedLadder, SpendOf
+from offramp.calibrate.learned import gates_backwards, gates_in_hindsight, multinomial, some_rows
 from offramp.calibrate.spend import Spend
 from offramp.cost import Budget, CostModel
 from offramp.policies import Array, Policy, Stopping
-from offramp.policies.stopping import value_features
+from offramp.policies.stopping import surety
 from offramp.simulate import walk
 from offramp.sweep import Sweep
 from offramp.trace import ExitTrace
@@ -24,9 +24,8 @@ __all__ = [
     "StoppingFit",
     "choose_stopping",
     "fit_mixture",
-    "geometric",
+    "stopping_gates",
     "unbiased",
-    "value_ladder",
 ]
 
 
@@ -36,21 +35,24 @@ class Candidate:
 
     Args:
         mixture: "own": each exit answers alone. "weights": one weight per exit seen so far. "full": and biases.
-        rule: "shared": one threshold on the largest probability. "shares": thresholds from geometric exit shares.
-            "value": the value of going on.
+        rule: "shared": one threshold on the largest probability. "hindsight": a gate at every exit, for what would have
+            been best. "value": a gate for what going on is worth.
     """
 
     mixture: Literal["own", "weights", "full"] = "own"
-    rule: Literal["shared", "shares", "value"] = "shared"
+    rule: Literal["shared", "hindsight", "value"] = "shared"
 
 
-#: The first is max-prob, which another must beat.
-CANDIDATES = tuple(
-    Candidate(mixture, rule)  # type: ignore[arg-type]
-    for mixture in ("own", "weights", "full")
-    for rule in ("shared", "shares", "value")
+#: What another must beat comes first. Mixtures with one threshold gained little on recorded traces.
+CANDIDATES = (
+    Candidate("own", "hindsight"),
+    Candidate("own", "shared"),  # max-prob
+    Candidate("own", "value"),
+    Candidate("weights", "hindsight"),
+    Candidate("weights", "value"),
+    Candidate("full", "hindsight"),
+    Candidate("full", "value"),
 )
-
 
 #: A bias per class makes Newton's steps quadratic in classes; beyond so many, mixtures have weights alone.
 BIAS_CLASSES = 20
@@ -117,53 +119,24 @@ def unbiased(trace: ExitTrace) -> Float[Tensor, "exit cls"]:
     return torch.zeros(trace.exits, 1 if many else trace.classes)
 
 
-def geometric(spend: Spend) -> Callable[[float], Float[Tensor, "visit"]]:
-    """Shares of the visited exits proportional to q^k, q from 1e-4 to 1e4 evenly in its logarithm over [-1, 1]."""
-    place = torch.arange(1, len(spend.visited) + 1, dtype=torch.float64)
-    return lambda knob: torch.softmax(place * knob * 9.2103, dim=0)
+def stopping_gates(
+    start: Stopping, trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...], rule: Literal["hindsight", "value"]
+) -> PriceLadder:
+    """Stopping gates for a range of prices, with a loss of 1 for a wrong answer.
 
-
-def value_ladder(start: Stopping, trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...]) -> PriceLadder:
-    """Stopping values for a range of prices.
-
-    Backwards from the last exit: the value of going on from exit k is the estimated chance of being right where the
-    continuation would leave, less the price of getting there, regressed on what is known at exit k. Chances of being
-    right are smooth estimates, not outcomes, which halves the noise of the regression.
+    In hindsight every row leaves where it is right at the least price: little noise, but hopeful, as if one knew. By
+    value, against what the gates after it reach: noisy, but it sees past an exit that is right by luck alone.
     """
-    rows, cumulative = some_rows(trace), costs.cumulative(flags)
+    rows = some_rows(trace)
+    walked = walk(replace(start, gates=None), rows)
+    wrong = (walked.answer.argmax(dim=-1) != rows.known_labels("the gates of Stopping")).float()
+    seen = surety(walked.answer)
+    fitted = gates_in_hindsight if rule == "hindsight" else gates_backwards
 
     def make(price: float) -> Stopping:
-        return replace(start, values=Array(_values(start, rows, cumulative, price)))
+        return replace(start, gates=Array(fitted(seen, wrong, costs, flags, price)))
 
-    return PriceLadder(trace, flags, make, tuple(0.003 * 1.6**i for i in range(16)))
-
-
-def _values(start: Stopping, rows: ExitTrace, cumulative: Sequence[float], price: float) -> Float[Tensor, "exit 4"]:
-    """v_k of every exit for one price."""
-    walked = walk(replace(start, values=None), rows)
-    surest, label = walked.answer.max(dim=-1)
-    same = torch.cat([torch.zeros_like(label[:1], dtype=torch.bool), label[1:] == label[:-1]])
-    seen = value_features(surest, same)
-    right = (label == rows.known_labels("the value of going on")).float()
-    chance = torch.stack([torch.sigmoid(x @ logistic(x, y)) for x, y in zip(seen, right, strict=True)])
-    cost = [cumulative[k] for k in walked.visited]
-    values = torch.zeros(rows.exits, 4)
-    ahead, paid = chance[-1], torch.full_like(chance[-1], cost[-1])
-    for place in range(len(walked.visited) - 2, -1, -1):
-        worth = ahead - price * (paid - cost[place]) - chance[place]
-        found = _ridge(seen[place], worth)
-        values[walked.visited[place]] = found
-        goes_on = seen[place] @ found > 0
-        ahead = torch.where(goes_on, ahead, chance[place])
-        paid = torch.where(goes_on, paid, torch.full_like(paid, cost[place]))
-    return values
-
-
-def _ridge(inputs: Float[Tensor, "row feature"], target: Float[Tensor, "row"], ridge: float = 1e-3) -> Tensor:
-    x, y = inputs.double(), target.double()
-    pull = ridge * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
-    pull[0, 0] = 1e-9
-    return torch.linalg.solve(x.T @ x + pull, x.T @ y).float()
+    return PriceLadder(trace, flags, make, tuple(0.003 * 1.6**i for i in range(18)), rungs=60)
 
 
 def _mixtures(
@@ -185,11 +158,9 @@ def _ladder(
     weights, biases = mixture or _mixtures(trace, flags, fit, [candidate.mixture])[candidate.mixture]
     on = None if all(flags) else flags
     start = Stopping((ALWAYS,) * trace.exits, Array(weights), Array(biases), None, on)
-    if candidate.rule == "value":
-        return start, value_ladder(start, trace, costs, flags)
-    if candidate.rule == "shared":
-        return start, SharedLadder.of(start, trace, flags)
-    return start, QuotaLadder(start, trace, flags, geometric)
+    if candidate.rule in ("hindsight", "value"):
+        return start, stopping_gates(start, trace, costs, flags, candidate.rule)
+    return start, SharedLadder.of(start, trace, flags)
 
 
 def _preferred(trace: ExitTrace, costs: CostModel, flags: tuple[bool, ...], fit: StoppingFit) -> Candidate:
