@@ -81,8 +81,10 @@ def calibrated(task: str, seed: int, out: Path) -> None:
 def forget(timed: Sequence[Path], policies: set[str]) -> None:
     """Nothing; the files have no times of these policies any more, which are others by now."""
     for path in filter(Path.exists, timed):
-        found = Bench.from_dict(read_json(path))
-        write_json(path, replace(found, cells=tuple(c for c in found.cells if c.policy not in policies)).to_dict())
+        found = Bench.of(read_json(path))
+        settings = {name: each for name, each in found.settings.items() if name.removeprefix("policy ") not in policies}
+        cells = tuple(each for each in found.cells if each.policy not in policies)
+        write_json(path, replace(found, settings=settings, cells=cells).to_dict())
 
 
 def timed_at(beside: Path) -> tuple[Path, Path]:
