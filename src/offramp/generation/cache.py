@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from offramp.generation.decoders import Decoder
+from offramp.generation.picking import pick, picked
 
 __all__ = ["TokenCache"]
 
@@ -29,7 +31,8 @@ class TokenCache:
     def __init__(self, decoder: Decoder, rows: int, room: int = GROWTH, *, at_once: bool = False) -> None:
         weight = next(decoder.network.parameters())
         self.decoder, self.at_once = decoder, at_once
-        self.keys = weight.new_zeros((decoder.layers, rows, decoder.heads, room, decoder.head_width))
+        # tokens before heads, so that a row's token is one place to write, and one to read
+        self.keys = weight.new_zeros((decoder.layers, rows, room, decoder.heads, decoder.head_width))
         self.values = torch.zeros_like(self.keys)
         self.left_with = weight.new_zeros((rows, room, decoder.width))  # hidden states at the exits
         self.filled = [[0] * rows for _ in range(decoder.layers)]  # tokens of each layer and row that are there
@@ -42,7 +45,7 @@ class TokenCache:
     @property
     def room(self) -> int:
         """Tokens that there is room for."""
-        return self.keys.shape[3]
+        return self.keys.shape[2]
 
     def grow(self, tokens: int) -> None:
         """Nothing; there is room for so many tokens."""
@@ -55,7 +58,7 @@ class TokenCache:
             shape[dim] = more
             return torch.cat([old, old.new_zeros(shape)], dim)
 
-        self.keys, self.values = wider(self.keys, 3), wider(self.values, 3)
+        self.keys, self.values = wider(self.keys, 2), wider(self.values, 2)
         self.left_with = wider(self.left_with, 1)
 
     def left(self, rows: Sequence[int], positions: Sequence[int], hidden: Tensor, after: int) -> None:
@@ -63,7 +66,7 @@ class TokenCache:
         if len(rows) == 1:
             self.left_with[rows[0], positions[0]] = hidden[0]
         else:
-            self.left_with[list(rows), list(positions)] = hidden
+            self.left_with.flatten(0, 1).index_copy_(0, self.places(rows, positions), hidden)
         if self.at_once:
             for j in range(after + 1, self.decoder.layers):
                 self.fill(j, rows, [position + 1 for position in positions])
@@ -71,23 +74,34 @@ class TokenCache:
     def fill(self, j: int, rows: Sequence[int], until: Sequence[int]) -> None:
         """Nothing; layer j has what these rows owe before the positions `until`: one product for all of it."""
         filled = self.filled[j]
-        owed = [(row, p) for row, end in zip(rows, until, strict=True) for p in range(filled[row], end)]
+        owed = [row for row, end in zip(rows, until, strict=True) if filled[row] < end]
         if not owed:
             return
-        first, begin, end = owed[0][0], owed[0][1], owed[-1][1] + 1
-        if owed[-1][0] == first:  # one row: slices instead of gathering
+        if len(owed) == 1:  # slices instead of gathering
+            row, begin, end = owed[0], filled[owed[0]], until[list(rows).index(owed[0])]
             spots = torch.arange(begin, end, device=self.keys.device)[None]
-            keys, values = self.decoder.keys_values(j, self.left_with[first : first + 1, begin:end], spots)
-            self.keys[j, first, :, begin:end], self.values[j, first, :, begin:end] = keys[0], values[0]
+            keys, values = self.decoder.keys_values(j, self.left_with[row : row + 1, begin:end], spots)
+            self.keys[j, row, begin:end] = keys[0].transpose(0, 1)
+            self.values[j, row, begin:end] = values[0].transpose(0, 1)
         else:
-            place, spots = torch.tensor(owed, device=self.keys.device).T
-            keys, values = self.decoder.keys_values(j, self.left_with[place, spots][None], spots[None])
-            self.keys[j, place, :, spots], self.values[j, place, :, spots] = (
-                keys[0].transpose(0, 1),
-                values[0].transpose(0, 1),
-            )
+            each = [(row, p) for row, end in zip(rows, until, strict=True) for p in range(filled[row], end)]
+            which, at = zip(*each, strict=True)
+            places, spots = self.places(which, at), torch.tensor(at, device=self.keys.device)
+            states = self.left_with.flatten(0, 1).index_select(0, places)
+            self.put(j, places, *self.decoder.keys_values(j, states[None], spots[None]))
         for row, stop in zip(rows, until, strict=True):
             filled[row] = max(filled[row], stop)
+
+    def places(self, rows: Sequence[int], positions: Sequence[int]) -> Int[Tensor, "token"]:
+        """Where these tokens are, were all rows one behind the other."""
+        room = self.room
+        found = [row * room + position for row, position in zip(rows, positions, strict=True)]
+        return torch.tensor(found, device=self.keys.device)
+
+    def put(self, j: int, places: Int[Tensor, "token"], keys: Tensor, values: Tensor) -> None:
+        """Nothing; layer j has these keys and values at these places, in their order."""
+        for whole, new in ((self.keys, keys), (self.values, values)):
+            whole[j].flatten(0, 1).index_copy_(0, places, new.transpose(1, 2).flatten(0, 1))
 
     def step(self, rows: Sequence[int], positions: Sequence[int]) -> "_Step":
         """The store of one new token for each of these rows, at their positions."""
@@ -123,7 +137,7 @@ class _Prompts:
 
     def __call__(self, j: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         cache, tokens = self.cache, keys.shape[2]
-        cache.keys[j, :, :, :tokens], cache.values[j, :, :, :tokens] = keys, values
+        cache.keys[j, :, :tokens], cache.values[j, :, :tokens] = keys.transpose(1, 2), values.transpose(1, 2)
         cache.filled[j] = list(self.lengths)
         mask = torch.ones(tokens, tokens, dtype=torch.bool, device=keys.device).tril() if tokens > 1 else None
         return keys, values, mask
@@ -141,9 +155,9 @@ class _Several:
 
     def __call__(self, j: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         cache, begin, end = self.cache, self.begin, self.end
-        cache.keys[j, :, :, begin:end], cache.values[j, :, :, begin:end] = keys, values
+        cache.keys[j, :, begin:end], cache.values[j, :, begin:end] = keys.transpose(1, 2), values.transpose(1, 2)
         cache.filled[j][0] = end
-        return cache.keys[j, :, :, :end], cache.values[j, :, :, :end], self.mask
+        return cache.keys[j, :, :end].transpose(1, 2), cache.values[j, :, :end].transpose(1, 2), self.mask
 
 
 class _Step:
@@ -152,27 +166,27 @@ class _Step:
     def __init__(self, cache: TokenCache, rows: list[int], positions: list[int]) -> None:
         cache.grow(max(positions) + 1)
         self.cache, self.rows, self.positions = cache, rows, positions
-        self.whole = rows == list(range(cache.rows))
-        self.longest = max(positions) + 1
-        self.even = len(set(positions)) == 1
-        if not self.whole or not self.even:
-            device = cache.keys.device
-            self.index, self.spots = torch.tensor(rows, device=device), torch.tensor(positions, device=device)
-        self.mask = None
-        if not self.even:
-            self.mask = (torch.arange(self.longest, device=device) <= self.spots[:, None])[:, None, None]
+        device, self.longest = cache.keys.device, max(positions) + 1
+        self.picked, self.mask = picked(rows, cache.rows, device), None
+        even = len(set(positions)) == 1
+        self.places = None if even and isinstance(self.picked, slice) else cache.places(rows, positions)
+        if not even:
+            ends = torch.tensor(positions, device=device)
+            self.mask = (torch.arange(self.longest, device=device) <= ends[:, None])[:, None, None]
 
     def __call__(self, j: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         cache, end = self.cache, self.longest
         cache.fill(j, self.rows, self.positions)
-        if self.whole and self.even:
-            cache.keys[j, :, :, end - 1 : end], cache.values[j, :, :, end - 1 : end] = keys, values
+        if self.places is None:
+            cache.keys[j, self.picked, end - 1] = keys[:, :, 0]
+            cache.values[j, self.picked, end - 1] = values[:, :, 0]
         else:
-            cache.keys[j, self.index, :, self.spots] = keys[:, :, 0]
-            cache.values[j, self.index, :, self.spots] = values[:, :, 0]
+            cache.put(j, self.places, keys, values)
         filled = cache.filled[j]
         for row, position in zip(self.rows, self.positions, strict=True):
             filled[row] = position + 1
-        if self.whole:
-            return cache.keys[j, :, :, :end], cache.values[j, :, :, :end], self.mask
-        return cache.keys[j, self.index, :, :end], cache.values[j, self.index, :, :end], self.mask
+        return self._of(cache.keys[j]), self._of(cache.values[j]), self.mask
+
+    def _of(self, whole: Tensor) -> Tensor:
+        """What these rows see of a layer's keys or values."""
+        return pick(whole[:, : self.longest], self.picked).transpose(1, 2)

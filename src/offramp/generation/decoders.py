@@ -109,11 +109,11 @@ class GPT2Decoder:
         if not self.crosses:
             raise ValueRangeError("the decoder has no cross-attention; give no encoder, or set add_cross_attention.")
 
-        def made(j: int) -> tuple[Tensor, Tensor]:
-            key, value = self.body.h[j].crossattention.c_attn(encoded).split(self.width, dim=2)
+        def made(j: int, states: Tensor) -> tuple[Tensor, Tensor]:
+            key, value = self.body.h[j].crossattention.c_attn(states).split(self.width, dim=2)
             return self._apart(key), self._apart(value)
 
-        return Memory(made, len(encoded))
+        return Memory(made, encoded)
 
     def once(self, j: int) -> list[nn.Module]:
         """The keys and values of what an encoder gave."""

@@ -13,6 +13,7 @@ from offramp.generation.cache import TokenCache
 from offramp.generation.choosing import Sampling, likeliest
 from offramp.generation.heads import TokenExits
 from offramp.generation.memory import Memory
+from offramp.generation.picking import pick, picked
 from offramp.generation.rules import TokenPolicy, as_rule
 from offramp.graph import eval_mode
 from offramp.policies.base import Evidence, Policy, State
@@ -273,15 +274,15 @@ class Run:
             here = [place for place, out in zip(flight, stop, strict=True) if out]
             for place in here:
                 left[place] = k
-            gone = slice(None) if len(here) == len(flight) else [i for i, out in enumerate(stop) if out]
-            self.cache.left([rows[i] for i in here], [positions[i] for i in here], hidden[gone, 0], j)
-            said.append((here, answer[gone]))
+            gone = picked([i for i, out in enumerate(stop) if out], len(stop), self.device)
+            self.cache.left([rows[i] for i in here], [positions[i] for i in here], pick(hidden, gone)[:, 0], j)
+            said.append((here, pick(answer, gone)))
             if len(here) == len(flight):
                 return _together(said), left
-            stay = torch.tensor([i for i, out in enumerate(stop) if not out], device=self.device)
+            stay = picked([i for i, out in enumerate(stop) if not out], len(stop), self.device)
             flight = [place for place, out in zip(flight, stop, strict=True) if not out]
-            hidden, spots = hidden[stay], spots[stay]
-            state = None if state is None else tuple(part[stay] for part in state)
+            hidden, spots = pick(hidden, stay), pick(spots, stay)
+            state = None if state is None else tuple(pick(part, stay) for part in state)
             on = [rows[i] for i in flight]
             store, memory = self.cache.step(on, [positions[i] for i in flight]), self._memory_of(on)
         last, behind = self.model.exits - 1, hidden[:, 0]
