@@ -76,7 +76,7 @@ MORE_scenes := exits whole-keys
 experiments/flickr8k: $(VENV)/.dev ## the same on photographs of Flickr8k (set OFFRAMP_DATA=DIR)
 	for variant in plain exits heads; do \
 		$(BIN)/python -m experiments.tokens.train flickr8k $$variant --data $(DATA) || exit 1; done
-	$(BIN)/python -m experiments.tokens.table flickr8k exits --data $(DATA)
+	for variant in exits heads; do $(BIN)/python -m experiments.tokens.table flickr8k $$variant --data $(DATA) || exit 1; done
 
 experiments/heads: $(VENV)/.dev ## kinds of vocabulary heads on a decoder of COCO's texts (set OFFRAMP_DATA=DIR)
 	for variant in plain exits; do $(BIN)/python -m experiments.tokens.train coco $$variant --data $(DATA) || exit 1; done
