@@ -117,6 +117,14 @@ def test_without_exits_it_is_what_transformers_gives(network: Any, batch: int) -
     assert {exit_ for row in ours.exits for exit_ in row} == {LAYERS - 1}
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_new"])
+def test_another_activation_is_taken_as_it_is(activation: str) -> None:
+    torch.manual_seed(0)
+    network = loud(gpt2(activation_function=activation))
+    ours = generate(attach_tokens(network), None, prompts(4), max_new_tokens=20)
+    assert [list(row) for row in ours.tokens] == of_transformers(network, prompts(4), 20)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("batch", [1, 4, 16])
 def test_with_exits_it_is_what_no_cache_gives(network: Any, batch: int, policy: str) -> None:

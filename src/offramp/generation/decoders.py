@@ -76,6 +76,7 @@ class GPT2Decoder:
         self.context, self.heads = config.max_position_embeddings, config.num_attention_heads
         self.head_width = self.width // self.heads
         self.crosses = bool(config.add_cross_attention)
+        self.tanh_gelu = config.activation_function == "gelu_new"  # transformers takes eight operations for it
         if config.reorder_and_upcast_attn:
             raise ValueRangeError("GPT-2 with reorder_and_upcast_attn is not supported; set it to False.")
 
@@ -94,7 +95,10 @@ class GPT2Decoder:
             cross = block.crossattention
             query = cross.q_attn(block.ln_cross_attn(hidden))
             hidden = hidden + self._look(cross, query, *memory[j], None)
-        return hidden + block.mlp(block.ln_2(hidden))  # type: ignore[no-any-return]
+        mlp, normed = block.mlp, block.ln_2(hidden)
+        if mlp.training or not self.tanh_gelu:
+            return hidden + mlp(normed)  # type: ignore[no-any-return]
+        return hidden + mlp.c_proj(F.gelu(mlp.c_fc(normed), approximate="tanh"))  # type: ignore[no-any-return]
 
     def keys_values(self, j: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values that layer j would keep."""
