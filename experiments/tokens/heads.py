@@ -61,7 +61,7 @@ def main() -> None:
             train(model, splits["train"].rows, objective=goal, recipe=recipe)
         trace = record_tokens(model, splits["calibrate"].rows)
         torch.set_num_threads(1)
-        costs = measure_tokens(model, prompts)
+        costs = measure_tokens(model, prompts, rounds=40)
         torch.set_num_threads(options.threads)
         target = Budget(ms=1000 * SHARE * costs.plain_s(1))
         rule = TokenPolicy(calibrate(MaxProb, trace, costs, target).policy)
