@@ -1,5 +1,6 @@
 """Tables of token-level exits, for docs/results.md."""
 
+from statistics import mean
 from typing import Any
 
 from experiments.page import NOTHING, grid, loaded, percent
@@ -58,7 +59,7 @@ def heads(name: str) -> list[str]:
         for who, each in ((row["kind"], row), (f"{row['kind']}, with gates", row.get("gated"))):
             if each:
                 rows.append([
-                    who, f"{row['weights'] / 1e6:.2f} M", f"{sum(row['head_ms'][:-1]) / (len(row['head_ms']) - 1):.2f} ms",
+                    who, f"{row['weights'] / 1e6:.2f} M", f"{mean(row['head_ms'][:-1]):.2f} ms",
                     percent(row["token_accuracy"][2]), f"{each['worth']:.2f}", lost(each), f"{each['cost']:.2f}",
                 ])  # fmt: skip
     plain = found["rows"][0]["plain_ms"]
