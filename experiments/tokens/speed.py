@@ -14,6 +14,7 @@ import hashlib
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,12 +206,35 @@ def reading(setting: Setting, count: int, size: int, rounds: int = 5) -> float:
     return statistics.median(taken) if len(given[0]) > 1 else 0.0
 
 
+def looking(setting: Setting, size: int, rounds: int = 7) -> list[float]:
+    """Seconds in which a layer makes its keys and values of what the encoder gave, by rows; 0 without an encoder."""
+    encoded, decoder = setting.prompts("test", size)[1], setting.model.decoder
+    if encoded is None:
+        return [0.0] * (size + 1)
+    taken: list[list[float]] = [[0.0], *([] for _ in range(size))]
+    with torch.inference_mode():
+        for rows in list(range(1, size + 1)) * rounds:
+            memory = decoder.memory(encoded[:rows])
+            began = time.perf_counter()
+            for j in range(decoder.layers):
+                memory[j]
+            taken[rows].append((time.perf_counter() - began) / decoder.layers)
+    return [statistics.median(each) for each in taken]
+
+
 def promised_by_stages(setting: Setting, rule: TokenPolicy, costs: CostModel, size: int, count: int) -> float:
-    """The speed-up that the measured stages allow, at the sizes that reach each of them at each step."""
+    """The speed-up that the measured stages allow, at the sizes that reach each of them at each step, with what a layer
+    makes of an image for the rows that first come to it."""
     plain = read = reading(setting, count, size)
     early, written = 0.0, setting.writer(rule, "test", count, size)()
+    ends, look = (*setting.model.at, setting.model.decoder.layers - 1), looking(setting, size)
+    layers = [end - begin for begin, end in zip((-1, *ends), ends, strict=False)]  # of each stage
     for said in written:
         early += read / len(written) * _depth(setting.model, max(map(max, said.exits)))
+        plain += look[len(said.exits)] * sum(layers)
+        for k, many in enumerate(layers):
+            first = [next((t for t, at in enumerate(row) if at >= k), None) for row in said.exits]
+            early += many * sum(look[rows] for t, rows in Counter(first).items() if t is not None)
         for t in range(max(map(len, said.exits))):
             left = [0] * setting.model.exits
             for row in said.exits:
