@@ -27,6 +27,7 @@ from offramp.generation import (  # noqa: E402
     search,
     stop_at,
 )
+from offramp.generation.memory import Memory  # noqa: E402
 from offramp.generation.reference import _whole  # noqa: E402
 from offramp.generation.rehearsal import rehearsed  # noqa: E402
 from offramp.policies import BEEM, Array, Entropy, Fixed, Margin, MaxProb, Patience, Stopping  # noqa: E402
@@ -321,6 +322,22 @@ def test_a_decoder_that_looks_at_an_image() -> None:
     slow = generate_without_cache(model, policy, [[1]] * 6, max_new_tokens=12, encoded=encoded)
     assert (fast.tokens, fast.exits) == (slow.tokens, slow.exits)
     assert len({exit_ for row in fast.exits for exit_ in row}) > 1
+
+
+def test_what_an_image_gives_is_made_once_for_each_row_that_asks() -> None:
+    made: list[list[float]] = []
+
+    def make(j: int, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        made.append(states[:, 0, 0].tolist())
+        return states[:, None] + j, states[:, None] * 2
+
+    encoded = torch.arange(4.0)[:, None, None].repeat(1, 3, 2)
+    memory = Memory(make, encoded)
+    for rows in ([2], [1, 2], [2, 1, 2], [0, 1, 2, 3]):
+        keys, values = memory.of(rows)[5]
+        torch.testing.assert_close(keys, encoded[rows][:, None] + 5)
+        torch.testing.assert_close(values, encoded[rows][:, None] * 2)
+    assert made == [[2.0], [1.0], [0.0, 3.0]]
 
 
 def swin() -> Any:

@@ -66,7 +66,7 @@ class TokenCache:
         if len(rows) == 1:
             self.left_with[rows[0], positions[0]] = hidden[0]
         else:
-            self.left_with.flatten(0, 1).index_copy_(0, self.places(rows, positions), hidden)
+            self._flat(self.left_with).index_copy_(0, self.places(rows, positions), hidden)
         if self.at_once:
             for j in range(after + 1, self.decoder.layers):
                 self.fill(j, rows, [position + 1 for position in positions])
@@ -74,23 +74,22 @@ class TokenCache:
     def fill(self, j: int, rows: Sequence[int], until: Sequence[int]) -> None:
         """Nothing; layer j has what these rows owe before the positions `until`: one product for all of it."""
         filled = self.filled[j]
-        owed = [row for row, end in zip(rows, until, strict=True) if filled[row] < end]
+        owed = [(row, filled[row], end) for row, end in zip(rows, until, strict=True) if filled[row] < end]
         if not owed:
             return
         if len(owed) == 1:  # slices instead of gathering
-            row, begin, end = owed[0], filled[owed[0]], until[list(rows).index(owed[0])]
+            row, begin, end = owed[0]
             spots = torch.arange(begin, end, device=self.keys.device)[None]
             keys, values = self.decoder.keys_values(j, self.left_with[row : row + 1, begin:end], spots)
             self.keys[j, row, begin:end] = keys[0].transpose(0, 1)
             self.values[j, row, begin:end] = values[0].transpose(0, 1)
         else:
-            each = [(row, p) for row, end in zip(rows, until, strict=True) for p in range(filled[row], end)]
-            which, at = zip(*each, strict=True)
+            which, at = zip(*((row, p) for row, begin, end in owed for p in range(begin, end)), strict=True)
             places, spots = self.places(which, at), torch.tensor(at, device=self.keys.device)
-            states = self.left_with.flatten(0, 1).index_select(0, places)
+            states = self._flat(self.left_with).index_select(0, places)
             self.put(j, places, *self.decoder.keys_values(j, states[None], spots[None]))
-        for row, stop in zip(rows, until, strict=True):
-            filled[row] = max(filled[row], stop)
+        for row, _, end in owed:
+            filled[row] = end
 
     def places(self, rows: Sequence[int], positions: Sequence[int]) -> Int[Tensor, "token"]:
         """Where these tokens are, were all rows one behind the other."""
@@ -101,7 +100,12 @@ class TokenCache:
     def put(self, j: int, places: Int[Tensor, "token"], keys: Tensor, values: Tensor) -> None:
         """Nothing; layer j has these keys and values at these places, in their order."""
         for whole, new in ((self.keys, keys), (self.values, values)):
-            whole[j].flatten(0, 1).index_copy_(0, places, new.transpose(1, 2).flatten(0, 1))
+            self._flat(whole[j]).index_copy_(0, places, new.transpose(1, 2).flatten(0, 1))
+
+    @staticmethod
+    def _flat(whole: Tensor) -> Tensor:
+        """All tokens of all rows, one behind the other: always a view, as it is written to."""
+        return whole.view(-1, *whole.shape[2:])
 
     def step(self, rows: Sequence[int], positions: Sequence[int]) -> "_Step":
         """The store of one new token for each of these rows, at their positions."""
