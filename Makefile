@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export TOKENIZERS_PARALLELISM ?= false
 
-PAPERS := experiments/beem experiments/beem-table experiments/beem-speed experiments/eenet-cifar10 experiments/eenet-checks experiments/eenet-sst2 experiments/eenet-ag_news experiments/scenes experiments/flickr8k experiments/coco experiments/heads
+PAPERS := experiments/beem experiments/beem-table experiments/beem-speed experiments/eenet-cifar10 experiments/eenet-checks experiments/eenet-sst2 experiments/eenet-ag_news experiments/scenes experiments/flickr8k experiments/coco experiments/heads experiments/parity
 .PHONY: help quickstart sst2 test test-web bench lint format docs clean results $(PAPERS)
 
 help: ## list the targets
@@ -81,6 +81,9 @@ experiments/flickr8k: $(VENV)/.dev ## the same on photographs of Flickr8k (set O
 experiments/heads: $(VENV)/.dev ## kinds of vocabulary heads on a decoder of COCO's texts (set OFFRAMP_DATA=DIR)
 	for variant in plain exits; do $(BIN)/python -m experiments.tokens.train coco $$variant --data $(DATA) || exit 1; done
 	$(BIN)/python -m experiments.tokens.heads --data $(DATA)
+
+experiments/parity: $(VENV)/.dev ## compare tokens with transformers and with no cache, ten minutes; trained decoders where they are (set OFFRAMP_DATA=DIR)
+	$(BIN)/python -m experiments.tokens.parity --data $(DATA)
 
 results: $(VENV)/.dev ## make the tables and pictures of docs/results.md from results/
 	$(BIN)/python -m experiments.render

@@ -33,7 +33,7 @@ BLOCKS: dict[str, Callable[[str], list[str]]] = {
     "networks": beem.networks, "fewer": beem.fewer, "beem": beem.beem, "near": beem.near, "static": beem.static,
     "budgets": beem.budgets, "recipes": beem.recipes, "speed": beem.speed, "eenet": eenet.eenet, "checks": eenet.checks,
     "times": times, "tokens": tokens.tokens, "tokenspeed": tokens.token_speed, "heads": tokens.heads,
-    "highlights": tokens.highlights,
+    "highlights": tokens.highlights, "parity": tokens.parity,
 }  # fmt: skip
 
 

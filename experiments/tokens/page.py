@@ -101,6 +101,27 @@ def token_speed(name: str) -> list[str]:
     ]  # fmt: skip
 
 
+AGAINST = {"transformers": "transformers' `generate`", "beams": "transformers' beams",
+           "deferred": "no cache, filled in later", "at once": "no cache, filled in at once"}  # fmt: skip
+
+
+def parity(_: str) -> list[str]:
+    """Tokens that were compared with transformers and with the reference without a cache, and those that differ."""
+    found = loaded("tokens", "parity.json")
+    if not found:
+        return NOTHING
+    rows = []
+    for decoder in found["decoders"]:
+        for batch in sorted({row["batch"] for row in decoder["rows"]}):
+            cells = []
+            for against in AGAINST:
+                part = [row for row in decoder["rows"] if (row["against"], row["batch"]) == (against, batch)]
+                compared, differ = (sum(row[each] for row in part) for each in ("tokens", "differ"))
+                cells.append(f"{compared}: {f'**{differ}**' if differ else 'none'}")
+            rows.append([decoder["name"], str(batch), *cells])
+    return [f"{found['machine']}.", "", *grid(["decoder", "batch", *AGAINST.values()], rows)]
+
+
 HIGHLIGHTS = {
     "scenes-joint-exits": ("captions of scenes", "% of CIDEr", ("beem-a", "stopping", "max-prob"), ("shallow-2",)),
     "coco-joint-exits": ("COCO's texts", "% of perplexity", ("fixed", "max-prob"), ("shallow-4",)),

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from experiments.tokens.networks import PICTURED, rows_of, tokenizer_of
 from experiments.tokens.table import NEW, Judge, drop, rule_of, spent, worth
+from experiments.tokens.theirs import written
 from experiments.tokens.train import WITH_EXITS, folder_of, model_of, parser_of
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput
 
 from offramp import CostModel, ExitTrace
 from offramp.artefacts import write_json
@@ -89,21 +89,13 @@ class Setting:
     def transformers(self, split: str, count: int) -> Callable[[], Any]:
         """The first texts of a split one after the other, by transformers' own generation with its own cache."""
         given, _ = self.prompts(split, count)
-        network: Any = self.model.backbone
-        states = self.splits[split].rows.encoded
-        more: dict[str, Any] = {"do_sample": False, "eos_token_id": 1, "pad_token_id": 1}
+        states, new = self.splits[split].rows.encoded, 24 if self.task == "coco" else NEW
 
         def write() -> list[Any]:
             found = []
             for i, row in enumerate(given):
-                ids = torch.tensor([row])
-                if states is None:
-                    said = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, **more)
-                else:
-                    seen = BaseModelOutput(last_hidden_state=states[i : i + 1])
-                    said = network.generate(encoder_outputs=seen, decoder_input_ids=ids, max_new_tokens=NEW, **more)
-                tokens = said[0, len(row) :].tolist()
-                found.append(Written(tokens=[tokens]))
+                seen = None if states is None else states[i : i + 1]
+                found.append(Written(written(self.model.backbone, [row], new, end=1, states=seen)))
             return found
 
         return write
