@@ -47,6 +47,12 @@ def policies(trace):
         arrays = [Array(0.3 * torch.randn(shape, generator=generator)) for shape in ((EXITS,) * 2, (EXITS, CLASSES))]
         return halfway(ZTW(2.0, *arrays, cascade, flags))
 
+    def stopping(mixed, gates=None, flags=None):
+        """Stopping whose first so many exits are mixed with those before them."""
+        own = torch.arange(EXITS)[:, None] >= mixed
+        weights = torch.eye(EXITS) + torch.where(own, 0.0, 0.3) * torch.ones(EXITS, EXITS).tril(-1)
+        return halfway(offramp.Stopping(2.0, Array(weights), Array(torch.zeros(EXITS, 1)), gates, flags))
+
     cascade = Array(0.2 * torch.randn(EXITS, CLASSES, CLASSES, generator=generator))
     gates = Array(torch.randn(EXITS, 5, generator=generator))
     still = {
@@ -80,6 +86,9 @@ def policies(trace):
         "ztw, apart": ztw(None),
         "jei-dnn": halfway(JEIDNN(gates)),
         "jei-dnn, one off": halfway(JEIDNN(gates, enabled=off)),
+        "stopping": stopping(EXITS, Array(torch.tensor([[-0.3, 0.8, -0.4, 0.5]]).repeat(EXITS, 1))),
+        "stopping, alone": stopping(0),
+        "stopping, alone at last, one off": stopping(2, None, off),
         "bins": AccuracyBins(edges, ((0.2, 0.5, 0.7, 0.9),) * EXITS, 0.8),
         "patience, labels": offramp.Patience(1, None, "multilabel"),
         "beem, labels": offramp.BEEM((0.4, 0.6, 0.8, 1.0), 0.6, "own", None, "multilabel"),
@@ -94,8 +103,8 @@ NAMES = (
     "max-prob", "max-prob, one off", "entropy", "patience", "patience, one off", "beem", "beem, reset zero",
     "beem, one off", "eenet", "eenet, one off", "eenet, votes", "margin", "msdnet, one off", "eero", "f-pabee",
     "f-pabee, labels, one off", "pcee", "pcee, two in a row", "voting", "voting, one off", "ztw", "ztw, one off",
-    "ztw, apart", "jei-dnn", "jei-dnn, one off", "bins", "patience, labels", "beem, labels", "fixed", "never",
-    "at once", "only the last",
+    "ztw, apart", "jei-dnn", "jei-dnn, one off", "stopping", "stopping, alone", "stopping, alone at last, one off",
+    "bins", "patience, labels", "beem, labels", "fixed", "never", "at once", "only the last",
 )  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from offramp import Budget, CostModel, DataError, ExitTrace, MaxProb, Stopping, 
 from offramp.calibrate import Calibrator, Options
 from offramp.calibrate.learned import gates_backwards, gates_in_hindsight, logistic, multinomial
 from offramp.calibrate.stopping import Candidate, StoppingFit, fit_mixture
+from offramp.policies import Array
+from offramp.policies.base import Evidence
 from offramp.policies.stopping import surety
 from offramp.simulate import simulate
 
@@ -69,6 +71,23 @@ def test_where_a_mixture_gains_nothing_each_exit_answers_alone():
     trace = ExitTrace(torch.stack([last] * 4), labels)
     found = calibrate(Stopping, trace, COSTS, Budget(fraction=0.6)).policy
     assert torch.equal(found.weights.tensor(torch.device("cpu")), torch.eye(4))
+
+
+def test_what_exits_said_is_kept_until_the_last_that_mixes():
+    weights = torch.eye(4)
+    weights[1, :2] = 0.5
+    some = Stopping(0.9, Array(weights), Array(torch.zeros(4, 1)))
+    none = replace(some, weights=Array(torch.eye(4)))
+    said = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
+    for policy, kept in ((some, [1, 2, 0, 0]), (none, [0] * 4)):
+        state = policy.init(Evidence(said[0]))
+        for k, logits in enumerate(said):
+            step = policy.step(k, Evidence(logits), state)
+            state = step.state
+            assert state[0].shape == (3, kept[k], 5)
+            own = logits.log_softmax(-1)
+            wanted = (0.5 * (own + said[0].log_softmax(-1))).log_softmax(-1) if policy is some and k == 1 else own
+            torch.testing.assert_close(step.answer, wanted)
 
 
 def lucky() -> ExitTrace:

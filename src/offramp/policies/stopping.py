@@ -50,11 +50,13 @@ class Stopping:
         object.__setattr__(self, "enabled", as_flags(self.enabled))
         cpu = torch.device("cpu")
         weights, biases = self.weights.tensor(cpu), self.biases.tensor(cpu)
-        alone = (weights == torch.eye(len(weights))).all(1) & (biases == 0).all(1)
-        object.__setattr__(self, "_alone", tuple(alone.tolist()))  # exits that answer alone, with nothing to mix
+        alone = ((weights == torch.eye(len(weights))).all(1) & (biases == 0).all(1)).tolist()
+        object.__setattr__(self, "_alone", tuple(alone))  # exits that answer alone, with nothing to mix
+        last = max((k for k, by_itself in enumerate(alone) if not by_itself), default=-1)
+        object.__setattr__(self, "_mixed_until", last)  # behind it nobody asks what exits said before
 
     def init(self, seen: Evidence) -> State:
-        """(log p of the visited exits, float32 [batch 0 cls],).
+        """(log p of the visited exits that a later one mixes, float32 [batch 0 cls],).
 
         Raises:
             ShapeError: it was fitted for another number of classes.
@@ -66,7 +68,8 @@ class Stopping:
         (past,) = state
         device = seen.logits.device
         answer = torch.log_softmax(seen.logits.float(), dim=-1)
-        said = torch.cat([past, answer[:, None]], dim=1)
+        asked = k <= self._mixed_until  # type: ignore[attr-defined]
+        said = torch.cat([past, answer[:, None]], dim=1) if asked else past[:, :0]
         if not self._alone[k]:  # type: ignore[attr-defined]
             visited = [j for j in range(k + 1) if j == k or self.enabled is None or self.enabled[j]]
             answer = mix(said, self.weights.tensor(device)[k][visited], self.biases.tensor(device)[k])
