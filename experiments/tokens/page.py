@@ -124,9 +124,9 @@ def parity(_: str) -> list[str]:
 
 HIGHLIGHTS = {
     "scenes-joint-exits": ("captions of scenes", "% of CIDEr", ("beem-a", "stopping", "max-prob"), ("shallow-2",)),
-    "coco-joint-exits": ("COCO's texts", "% of perplexity", ("fixed", "max-prob"), ("shallow-4",)),
+    "coco-joint-exits": ("COCO's texts", "% of perplexity", ("fixed", "max-prob"), ("shallow-2",)),
 }
-LAYERS = {"shallow-2": "two layers trained alone", "shallow-4": "four layers trained alone"}
+LAYERS = {"shallow-2": "two layers trained alone"}
 
 
 def highlights(_: str) -> list[str]:
