@@ -11,6 +11,7 @@ import torch
 from experiments.tokens.networks import IMAGES, tokenizer_of
 from experiments.tokens.speed import CERTIFIED
 from experiments.tokens.train import WITH_EXITS, folder_of, model_of, parser_of
+from tokenizers.processors import TemplateProcessing
 
 from offramp.artefacts import read_json
 from offramp.generation import Draft, TokenBundle, TokenPolicy
@@ -33,9 +34,15 @@ def main() -> None:
     if row["policy"] is None:
         raise SystemExit(f"no {options.policy} policy kept its promise on {task}; choose another of {CERTIFIED}")
     model = model_of(task, variant, options.seed, options.data, options.runs)
+    tokenizer = tokenizer_of(task, options.data, options.runs / "cache")
+    if task not in IMAGES:  # texts were learned behind a begin token
+        begin = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{begin[0]} $A", pair=None, special_tokens=[begin]
+        )
     draft = found["lossless"]["draft"] if found["lossless"]["pays"] else None
     bundle = TokenBundle(
-        model, tokenizer_of(task, options.data, options.runs / "cache"), TokenPolicy(from_dict(row["policy"])),
+        model, tokenizer, TokenPolicy(from_dict(row["policy"])),
         IMAGES.get(task), None if draft is None else Draft(*draft),
         {name: row[name] for name in ("family", "worth", "drop", "low", "high", "cost")}
         | {name: found[name] for name in ("share", "rise", "delta", "certify", "test", "machine")},

@@ -1,6 +1,7 @@
 """Images and what people said of them: COCO and Flickr8k, in the hub's layouts and as folders."""
 
 import csv
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +104,9 @@ def load_captions(source: str | Path, split: str, *, seed: int = 0) -> Captioned
         return _listed(folder, split, seed)
     opened = open_source(source)
     if split not in opened.splits:
-        raise DataError(f"{source} has the splits {', '.join(opened.splits)}; got {split!r}.")
+        raise DataError(f"{source} has {_named('splits', opened.splits)}; got {split!r}.")
     image = next((name for name in IMAGES if name in opened.columns), None)
-    several = [name for name in opened.columns if name.startswith(("caption_", "caption"))]
+    several = [name for name in opened.columns if re.fullmatch(r"caption_?\d+", name)]
     column = next((name for name in CAPTIONS if name in opened.columns), None)
     if image is None or (column is None and not several):
         raise DataError(
@@ -113,8 +114,27 @@ def load_captions(source: str | Path, split: str, *, seed: int = 0) -> Captioned
             f"{', '.join(CAPTIONS)}, or caption_0, caption_1, ..."
         )
     rows = [row for _, row in opened.rows(split)]
-    captions = [_said(row[column]) if column is not None else [str(row[name]) for name in several] for row in rows]
-    return _made(source, split, [row[image] for row in rows], captions)
+    images, captions = dict[Any, Any](), dict[Any, list[str]]()
+    for number, row in enumerate(rows):
+        key = _same(row[image], number)  # where each caption has a row of its own, an image comes again
+        images.setdefault(key, row[image])
+        said = [row[column]] if column is not None else [row[name] for name in several]
+        try:
+            captions.setdefault(key, []).extend(_said(said))
+        except (TypeError, KeyError):
+            raise DataError(f"{source} {split}: row {number} has a caption that is no text: {said!r:.80}.") from None
+    return _made(source, split, list(images.values()), list(captions.values()))
+
+
+def _named(what: str, names: Sequence[str]) -> str:
+    return f"the {what} {', '.join(names)}" if names else f"no {what}"
+
+
+def _same(image: Any, number: int) -> Any:
+    """What tells an image from others: its file or bytes, or where it has neither, its row."""
+    if isinstance(image, Mapping):
+        image = image.get("path") or image.get("bytes")
+    return image if isinstance(image, str | bytes | Path) else number
 
 
 def _said(value: Any) -> list[str]:
@@ -123,36 +143,43 @@ def _said(value: Any) -> list[str]:
         return [value]
     if isinstance(value, Mapping):
         return _said(value["raw"])
-    return [text for each in value or () for text in _said(each)]
+    return [text for each in (() if value is None else value) for text in _said(each)]
 
 
 def _karpathy(folder: Path, path: Path, split: str) -> Captioned:
     wanted = {"train": ("train", "restval"), "validation": ("val",)}.get(split, (split,))
     places: dict[str, Path] = {}
     images, captions = [], []
-    for entry in read_json(path).get("images", []):
-        if entry.get("split") not in wanted:
-            continue
-        near = folder / entry.get("filepath", "") / entry["filename"]
+    entries = read_json(path).get("images")
+    if not isinstance(entries, list):
+        raise DataError(f"{path} has no list of images; expected Karpathy's json with images, filename and sentences.")
+    for number, entry in enumerate(entries):
+        try:
+            if entry.get("split") not in wanted:
+                continue
+            name, said = entry["filename"], [sentence["raw"] for sentence in entry["sentences"]]
+            near = folder / entry.get("filepath", "") / name
+        except (AttributeError, KeyError, TypeError) as error:
+            lack = f"no {error}" if isinstance(error, KeyError) else "another shape"
+            raise DataError(
+                f"{path.name}: image {number} has {lack}; expected split, filename, and sentences with raw."
+            ) from None
+        if not all(isinstance(text, str) for text in said):
+            raise DataError(f"{path.name}: image {number} has a caption that is no text.")
         if not near.is_file():
             places = places or {found.name: found for found in folder.rglob("*") if found.is_file()}
-            near = places.get(entry["filename"], near)
+            near = places.get(name, near)
         if not near.is_file():
-            raise DataError(f"{path.name} names {entry['filename']}, which is not in {folder}. Put the images there.")
+            raise DataError(f"{path.name} names {name}, which is not in {folder}. Put the images there.")
         images.append(near)
-        captions.append([sentence["raw"] for sentence in entry["sentences"]])
+        captions.append(said)
     return _made(path, split, images, captions)
 
 
 def _listed(folder: Path, split: str, seed: int) -> Captioned:
     if split not in PARTS:
         raise DataError(f"the split is {split!r}; expected one of {', '.join(PARTS)}.")
-    said: dict[str, list[str]] = {}
-    with open(folder / "captions.txt", encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if not row.get("image") or row.get("caption") is None:
-                raise DataError(f"{folder / 'captions.txt'} has a line without image and caption. Check the file.")
-            said.setdefault(row["image"], []).append(row["caption"])
+    said = _lines(folder / "captions.txt")
     generator = torch.Generator().manual_seed(seed_for(seed, 0))
     names = [sorted(said)[i] for i in torch.randperm(len(said), generator=generator).tolist()]
     low, high = (round(part * len(names)) for part in PARTS[split])
@@ -160,6 +187,29 @@ def _listed(folder: Path, split: str, seed: int) -> Captioned:
     if missing := [name for name in names[low:high] if not (root / name).is_file()]:
         raise DataError(f"{folder / 'captions.txt'} names {missing[0]}, which is not in {root}. Put the images there.")
     return _made(folder, split, [root / name for name in names[low:high]], [said[name] for name in names[low:high]])
+
+
+def _lines(path: Path) -> dict[str, list[str]]:
+    """Captions by the name of their image, of a file with the columns image and caption."""
+    said: dict[str, list[str]] = {}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            head = [name.strip().lower() for name in next(reader, [])]
+            if head[:2] != ["image", "caption"]:
+                raise DataError(f"{path} begins with {', '.join(head) or 'nothing'}; expected a line 'image,caption'.")
+            for row in reader:
+                # what follows a comma without quotes belongs to the caption
+                name, caption = (row[0].strip(), ",".join(row[1:]).strip()) if row else ("", "")
+                if row and not (name and caption):
+                    raise DataError(f"{path}, line {reader.line_num}: there is no image, or no caption.")
+                if row:
+                    said.setdefault(name, []).append(caption)
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8; save it as such.") from None
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}. Is a quote not closed?") from None
+    return said
 
 
 def _made(source: Any, split: str, images: Sequence[Any], captions: Sequence[Sequence[str]]) -> Captioned:

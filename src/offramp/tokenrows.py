@@ -38,9 +38,15 @@ class TokenRows:
         images: Shaped[Tensor, "image 3 height width"] | None = None, image: Int[Tensor, "row"] | None = None,
         prepare: Callable[[Tensor], Tensor] | None = None, encoded: Float[Tensor, "image memory dim"] | None = None,
     ) -> None:  # fmt: skip
-        if not ids:
+        if not len(ids):
             raise DataError("there are no sequences. Give at least one.")
-        self.ids, self.pad, self.images, self.prepare = Ragged.of(ids), pad, images, prepare
+        try:
+            self.ids = Ragged.of(ids)
+        except (TypeError, ValueError, RuntimeError):
+            raise DataError(
+                "sequences are not all of token numbers; expected a list of them for each text, from a tokenizer."
+            ) from None
+        self.pad, self.images, self.prepare = pad, images, prepare
         self.encoded = encoded
         if images is not None and encoded is not None:
             raise ShapeError("there are images and what an encoder gave for images; give one of the two.")

@@ -15,7 +15,7 @@ pytest.importorskip("tokenizers")
 
 from offramp.bundle import Bundle  # noqa: E402
 from offramp.cli import app  # noqa: E402
-from offramp.errors import DataError, FormatError, ValueRangeError  # noqa: E402
+from offramp.errors import DataError, FormatError, ShapeError, ValueRangeError  # noqa: E402
 from offramp.generation import (  # noqa: E402
     Draft,
     Sampling,
@@ -135,6 +135,73 @@ def test_a_captioner_says_what_it_said_before(folders: dict[str, Path]) -> None:
         there.caption([])
     with pytest.raises(ValueRangeError, match="the bundle has no draft"):
         there.caption(images, lossless=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_bundle_keeps_its_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    here = writer()
+    here.model.to(dtype)
+    there = TokenBundle.load(here.save(tmp_path / "bundle"))
+    assert {parameter.dtype for parameter in there.model.parameters()} == {dtype}
+    assert there.write(["a frog", "and"], max_new_tokens=12) == here.write(["a frog", "and"], max_new_tokens=12)
+
+
+def test_what_does_not_fit_a_model_is_no_bundle(tmp_path: Path) -> None:
+    made = writer()
+    with pytest.raises(ShapeError, match="9"):
+        TokenBundle(made.model, made.tokenizer, TokenPolicy(MaxProb((0.5,) * 9)))
+    with pytest.raises(ValueRangeError, match="the draft is of exit 9"):
+        TokenBundle(made.model, made.tokenizer, draft=Draft(9))
+    longer = tokenizer()
+    longer.add_tokens(["zebra"])
+    with pytest.raises(ValueRangeError, match="the tokenizer has 13 tokens; the model has 12"):
+        TokenBundle(made.model, longer)
+    with pytest.raises(ValueRangeError, match="about is not JSON"):
+        TokenBundle(made.model, made.tokenizer, about={"tensor": torch.ones(1)}).save(tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+    with pytest.raises(DataError, match="expected a list of paths"):
+        captioner().caption("one.png")
+    with pytest.raises(FormatError, match="Write one with TokenBundle.save"):
+        TokenBundle.load(tmp_path / "nothing")
+
+
+def test_a_tokenizer_begins_texts_as_it_likes() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    made, begun = writer(), tokenizer()
+    begun.backend_tokenizer.post_processor = TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    bundle = TokenBundle(made.model, begun, made.policy)
+    said = bundle.write(["a frog", ""], max_new_tokens=8)
+    found = generate(made.model, made.policy, [[0, 2, 3], [0]], max_new_tokens=8, end=1)
+    assert [each.exits for each in said] == list(found.exits)
+
+
+def test_pieces_go_on_from_the_prompt() -> None:
+    made = writer()
+    pieces: list[str] = []
+    (said,) = made.write(["a frog"], max_new_tokens=8, stream=lambda _, piece, __: pieces.append(piece))
+    words = made.tokenizer.decode(
+        [2, 3, *generate(made.model, made.policy, [[2, 3]], max_new_tokens=8, end=1).tokens[0]]
+    )
+    assert "a frog" + "".join(pieces) == words
+    assert pieces[0].startswith(" ")
+    assert tuple(pieces) == said.pieces
+
+
+def test_each_batch_has_draws_of_its_own(folders: dict[str, Path]) -> None:
+    given = ["generate", *["a frog"] * 6, "--bundle", str(folders["texts"]), "--temperature", "5", "--batch-size", "1",
+             "--max-new-tokens", "12", "--json"]  # fmt: skip
+    said = [each["text"] for each in json.loads(run.invoke(app, given).stdout)["texts"]]
+    assert len(set(said)) > 1
+    assert said == [each["text"] for each in json.loads(run.invoke(app, given).stdout)["texts"]]
+
+
+def test_an_empty_standard_input_is_said(folders: dict[str, Path]) -> None:
+    found = run.invoke(app, ["generate", "--bundle", str(folders["texts"])], input="\n\n")
+    assert found.exit_code == 2
+    assert "standard input has no text" in found.output
+    found = run.invoke(app, ["generate", "--bundle", str(folders["texts"]), "--json"], input="a frog\n\nand\n")
+    assert [each["given"] for each in json.loads(found.stdout)["texts"]] == ["a frog", "and"]
 
 
 def test_damaged_and_foreign_bundles_say_so(folders: dict[str, Path], tmp_path: Path) -> None:

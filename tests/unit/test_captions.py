@@ -116,3 +116,60 @@ def test_flickr8k() -> None:
     assert len(found) == 113
     assert all(len(each) == 5 for each in found.captions)
     assert found.pixels(ImagePreprocess((32, 32))).shape == (113, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('image,caption\n0.png,"one\n1.png,two\n', "line 3: unexpected end of data. Is a quote not closed"),
+        ("image,caption\n0.png\n", "line 2: there is no image, or no caption"),
+        ("file\tcaption\n0.png\tone\n", "expected a line 'image,caption'"),
+        ("", "begins with nothing"),
+        ("image,caption\n0.png,caf\xe9\n", "is not UTF-8"),
+    ],
+)
+def test_lists_that_cannot_be_read(tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "captions.txt").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=why):
+        load_captions(tmp_path, "train")
+
+
+def test_lists_as_people_write_them(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(png(0))
+    text = '\ufeffimage, caption\n0.png, one,two,three\n\n0.png,"a ""thing"", too"\n'
+    (tmp_path / "captions.txt").write_text(text, encoding="utf-8")
+    assert load_captions(tmp_path, "train").captions == (("one,two,three", 'a "thing", too'),)
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ({"images": {}}, "has no list of images"),
+        ({"images": ["a"]}, "image 0 has another shape"),
+        ({"images": [{"split": "train", "sentences": []}]}, "image 0 has no 'filename'"),
+        ({"images": [{"split": "train", "filename": "a", "sentences": [{}]}]}, "image 0 has no 'raw'"),
+        ({"images": [{"split": "train", "filename": "a", "sentences": [{"raw": None}]}]}, "a caption that is no text"),
+    ],
+)
+def test_karpathys_files_that_cannot_be_read(tmp_path: Path, value: object, why: str) -> None:
+    (tmp_path / "dataset_coco.json").write_text(json.dumps(value))
+    with pytest.raises(DataError, match=why):
+        load_captions(tmp_path, "train")
+
+
+def test_rows_of_the_hubs_layouts(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(0))
+    (tmp_path / "b.png").write_bytes(png(90))
+
+    def read(name: str, rows: list[dict[str, object]]) -> tuple[tuple[str, ...], ...]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return load_captions(tmp_path / name, "train").captions
+
+    a, b = str(tmp_path / "a.png"), str(tmp_path / "b.png")
+    rows = [{"image": a, "caption": "one"}, {"image": b, "caption": "two"}, {"image": a, "caption": "three"}]
+    assert read("each", rows) == (("one", "three"), ("two",))
+    rows = [{"image": a, "caption_0": "x", "caption_1": None, "caption_url": "http://x"}]
+    assert read("numbered", rows) == (("x",),)
+    with pytest.raises(DataError, match="row 0 has a caption that is no text"):
+        read("number", [{"image": a, "caption": 5}])

@@ -105,8 +105,12 @@ def write_store(folder: str | Path, writers: Mapping[str, tuple[str, Write]], fi
     return folder
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_manifest(folder: str | Path, *, made_by: str = "`offramp bundle create`") -> Manifest:
     """The manifest of a bundle, checked.
+
+    Args:
+        folder: the bundle.
+        made_by: what writes such a bundle, for the message where there is none.
 
     Raises:
         FormatError: the folder is no bundle, its manifest is damaged, or it is from a newer version.
@@ -115,7 +119,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         what = "does not exist" if not folder.exists() else f"is no bundle: it has no {MANIFEST}"
-        raise FormatError(f"{folder} {what}. Write one with `offramp bundle create`.")
+        raise FormatError(f"{folder} {what}. Write one with {made_by}.")
     if path.stat().st_size > LARGEST_MANIFEST:
         raise FormatError(f"{path} is {path.stat().st_size} bytes, too large for a manifest. Copy the bundle again.")
     value = read_json(path)

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,8 +67,10 @@ def generate(
         drawn = Sampling(temperature=1.0 if temperature is None else temperature, top_k=top_k, top_p=top_p, seed=seed)
     live = len(given) == 1 and beams == 1 and not lossless and not json_out and not exits and sys.stdout.isatty()
 
+    end = opened.tokenizer.eos_token
+
     def speak(_: int, piece: str, __: int) -> None:
-        print(piece, end="", flush=True)
+        print(piece.removesuffix(end) if end else piece, end="", flush=True)
 
     options: dict[str, Any] = {"sampling": drawn, "stop": tuple(stop or ()), "stream": speak if live else None}
     if live:
@@ -119,7 +122,10 @@ def caption(
 def _lines() -> list[str]:
     if sys.stdin.isatty():
         raise usage("there is no PROMPT. Give one or more, or lines on standard input.")
-    return [line.rstrip("\n") for line in sys.stdin]
+    lines = [text for line in sys.stdin if (text := line.rstrip("\r\n")).strip()]
+    if not lines:
+        raise usage("standard input has no text. Give one or more prompts, a line each.")
+    return lines
 
 
 def _opened(bundle: Path, html: Path | None, device: str, threads: int | None) -> "TokenBundle":
@@ -145,7 +151,10 @@ def _written(
         options["policy"] = None
     said: list[Said] = []
     began = time.perf_counter()
+    drawn = options.get("sampling")
     for begin in range(0, len(given), batch_size):
+        if drawn is not None:  # each batch has draws of its own
+            options["sampling"] = replace(drawn, seed=drawn.seed + begin)
         said += write(given[begin : begin + batch_size], **options)
     return said, time.perf_counter() - began
 

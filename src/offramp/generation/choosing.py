@@ -26,7 +26,8 @@ class Sampling:
         temperature: logits are divided by it.
         top_k: only so many of the likeliest tokens are drawn from.
         top_p: only the likeliest tokens that have this probability together.
-        seed: of the draws. What a row gets depends on the rows beside it.
+        seed: of the draws, begun anew by every call. What a row gets depends on the rows beside it, and on when they
+            end: rows that are done draw no more, as they do in transformers.
     """
 
     temperature: float = 1.0
@@ -54,6 +55,7 @@ class Sampling:
         generator = torch.Generator(device).manual_seed(self.seed)
 
         def choose(logits: Tensor) -> Tensor:
+            logits = logits.float()  # as transformers does
             for warper in warpers:
                 logits = warper(None, logits)
             return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from offramp.cost import CostModel, TimedCosts
 from offramp.errors import ValueRangeError
+from offramp.generation.given import checked_prompts
 from offramp.generation.heads import TokenExits
-from offramp.generation.loop import Run, checked_prompts
+from offramp.generation.loop import Run
 from offramp.generation.rules import TokenPolicy
 from offramp.graph import eval_mode
 from offramp.machine import machine_line

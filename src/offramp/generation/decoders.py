@@ -153,6 +153,8 @@ class LlamaDecoder:
         self.context, self.heads = config.max_position_embeddings, config.num_key_value_heads
         self.head_width = getattr(config, "head_dim", None) or self.width // config.num_attention_heads
         self.groups = config.num_attention_heads // self.heads
+        if getattr(body.rotary_emb, "rope_type", "") == "longrope":  # its turns depend on the longest row of a batch
+            raise ValueRangeError("rotary positions of the type 'longrope' are not supported; set another rope_type.")
         window = getattr(config, "sliding_window", None)
         if window is not None and getattr(config, "use_sliding_window", True):
             self.context = min(self.context, window)  # beyond it, a layer would have to forget

@@ -38,7 +38,7 @@ def learn_gates(
         gate = _fitted(hidden, target)
         gates.append(gate)
         found.append(float(((gate(hidden)[:, 0] >= 0) == target).float().mean()))
-    model.gates = nn.ModuleList(gates)
+    model.gates = nn.ModuleList(gates).to(model.decoder.head.weight)
     return tuple(found)
 
 

@@ -173,6 +173,7 @@ class TokenExits(nn.Module):
                 `encoded`, what it gave before.
         """
         if self.training and self.rehearse:
+            self._fits(inputs["input_ids"])
             return rehearsed(self, inputs)
         states, last = self.states(inputs)
         return torch.stack([*(head(state) for head, state in zip(self.heads, states, strict=True)), last])
@@ -192,12 +193,22 @@ class TokenExits(nn.Module):
     def _states(self, inputs: Mapping[str, Tensor], hidden: bool = True) -> tuple[Any, Tensor, Tensor]:
         """(hidden states before and behind every layer, logits behind the last, which tokens are to be said)."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        self._fits(ids)
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
         encoded = self.looked_at(inputs)
         if encoded is not None:
             given["encoder_hidden_states"] = encoded
         out = self.decoder.network(**given, output_hidden_states=hidden)
         return out.hidden_states if hidden else None, out.logits, mask[:, 1:].bool()
+
+    def _fits(self, ids: Int[Tensor, "batch token"]) -> None:
+        """Nothing, where the decoder has room for the rows and knows their tokens."""
+        if ids.shape[1] > self.decoder.context:
+            raise ValueRangeError(
+                f"a row has {ids.shape[1]} tokens; the decoder has room for {self.decoder.context}. Cut the rows."
+            )
+        if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < self.classes:
+            raise ValueRangeError(f"a row has a token that is not in 0 to {self.classes - 1}: the vocabulary's size.")
 
 
 def attach_tokens(
@@ -222,6 +233,13 @@ def attach_tokens(
         ValueRangeError: the network, a layer or the head is none that can be used.
     """
     decoder = decoder_of(getattr(network, "decoder", network))
+    if hasattr(network, "encoder") and not getattr(decoder, "crosses", False):
+        raise ValueRangeError(
+            f"the decoder is a {type(decoder.network).__name__}, which cannot look at an encoder here; "
+            "expected one of GPT-2's kind with add_cross_attention."
+        )
+    if isinstance(at, int):
+        raise ValueRangeError(f"exits are wanted behind {at}; expected layers such as ({at},).")
     at = tuple(range(decoder.layers - 1)) if at is None else tuple(at)
     if list(at) != sorted(set(at)) or not all(0 <= j < decoder.layers - 1 for j in at):
         raise ValueRangeError(
@@ -239,4 +257,5 @@ def attach_tokens(
         raise ValueRangeError(f"the head is {head!r}; expected one of {', '.join(kinds)}.")
     listed = None if shortlist is None else torch.as_tensor(shortlist).tolist()
     made = {"at": list(at), "head": head, "rank": rank, "shortlist": listed}
-    return TokenExits(network, decoder, at, [kinds[head]() for _ in at], made)
+    heads = [kinds[head]().to(decoder.head.weight) for _ in at]  # where the decoder is, and in its precision
+    return TokenExits(network, decoder, at, heads, made)

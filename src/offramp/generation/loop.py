@@ -11,6 +11,7 @@ from torch import Tensor
 from offramp.errors import ValueRangeError
 from offramp.generation.cache import TokenCache
 from offramp.generation.choosing import Sampling, likeliest
+from offramp.generation.given import Ends, checked_encoded, checked_prompts, ends_of, sound
 from offramp.generation.heads import TokenExits
 from offramp.generation.memory import Memory
 from offramp.generation.picking import pick, picked
@@ -18,7 +19,7 @@ from offramp.generation.rules import TokenPolicy, as_rule
 from offramp.graph import eval_mode
 from offramp.policies.base import Evidence, Policy, State
 
-__all__ = ["Generated", "Run", "Scored", "checked_prompts", "generate", "score"]
+__all__ = ["Generated", "Run", "Scored", "generate", "score"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 32,
-    end: int | None = None,
+    end: Ends = None,
     encoded: Float[Tensor, "row memory dim"] | None = None,
     choose: Callable[[Tensor], Tensor] | Sampling | None = None,
     stop: Callable[[list[int]], bool] | None = None,
@@ -67,12 +68,14 @@ def generate(
 ) -> Generated:
     """New tokens for every prompt, each token leaving at the first exit at which the policy says so.
 
+    Several threads may share a model that is in evaluation mode.
+
     Args:
         model: from `attach_tokens`.
         policy: made for as many exits, or a `TokenPolicy`; None runs every layer and no head but the last.
         prompts: token numbers, a row each; lengths may differ.
         max_new_tokens: at most so many in each row.
-        end: the token after which a row is done.
+        end: the token after which a row is done, or several.
         encoded: what an encoder gave, for decoders that look at it.
         choose: how tokens are drawn, or a function from logits [row token] to tokens [row]; the likeliest unless given.
         stop: from a row's new tokens to whether it is done, such as `stop_at(tokenizer, strings)`.
@@ -81,17 +84,21 @@ def generate(
 
     Raises:
         ValueRangeError: a prompt is empty or too long for the decoder, or has a number that is no token.
-        ShapeError: the policy is for another number of exits.
+        ShapeError: the policy is for another number of exits; prompts or states are of another shape.
+        DataError: the model says NaN.
     """
-    lengths = checked_prompts(model, prompts, max_new_tokens)
+    lengths, ends = checked_prompts(model, prompts, max_new_tokens), ends_of(end, model.classes)
+    encoded = checked_encoded(model, encoded, len(lengths))
     rule = as_rule(policy, model.exits, gates=model.gates is not None)
     device = next(model.parameters()).device
     chosen = choose.chooser(device) if isinstance(choose, Sampling) else choose or likeliest
+    if not callable(chosen):
+        raise ValueRangeError(f"choose is {choose!r}; expected Sampling(...), or a function from logits to tokens.")
     with eval_mode(model), torch.inference_mode():
         run = Run(model, rule, lengths, max_new_tokens, encoded, at_once=at_once)
         return run.go(
             prompts, [max_new_tokens] * len(lengths), lambda _, logits: chosen(logits).tolist(),
-            lambda tokens: tokens[-1] == end or (stop is not None and stop(tokens)), stream,
+            lambda tokens: tokens[-1] in ends or (stop is not None and stop(tokens)), stream,
         )  # fmt: skip
 
 
@@ -102,6 +109,7 @@ def score(
     *,
     encoded: Float[Tensor, "row memory dim"] | None = None,
     given: int = 1,
+    max_new_tokens: int | None = None,
 ) -> Scored:
     """How likely the tokens of given rows are, each said behind those before it as the exits have left them.
 
@@ -109,6 +117,7 @@ def score(
         model, policy, encoded: as for `generate`.
         rows: token numbers, a row each, of more than `given` tokens.
         given: so many at the beginning are read and not scored.
+        max_new_tokens: over so many tokens thresholds fall that decay; those of the longest row unless given.
 
     Raises:
         ValueRangeError, ShapeError: as `generate`; or a row has nothing to score.
@@ -116,15 +125,19 @@ def score(
     if any(len(row) <= given for row in rows) or given < 1:
         raise ValueRangeError(f"every row needs more than given={given} tokens, which has to be at least 1.")
     prompts, rest = [row[:given] for row in rows], [list(row[given:]) for row in rows]
-    most = max(map(len, rest), default=0)
-    lengths = checked_prompts(model, prompts, most)
+    longest = max(map(len, rest), default=0)
+    lengths = checked_prompts(model, prompts, longest)
+    most = longest if max_new_tokens is None else max_new_tokens
+    if most < longest:
+        raise ValueRangeError(f"max_new_tokens is {most}; a row has {longest} tokens to score. Give at least as many.")
+    encoded = checked_encoded(model, encoded, len(lengths))
     checked_prompts(model, rest, 1)
     rule = as_rule(policy, model.exits, gates=model.gates is not None)
     losses: list[list[float]] = [[] for _ in rows]
 
     def said(going: list[int], logits: Tensor) -> list[int]:
         tokens = [rest[row][len(losses[row])] for row in going]
-        found = -logits.log_softmax(-1)[torch.arange(len(going)), torch.tensor(tokens)]
+        found = -logits.float().log_softmax(-1)[torch.arange(len(going)), torch.tensor(tokens)]
         for row, loss in zip(going, found.tolist(), strict=True):
             losses[row].append(loss)
         return tokens
@@ -133,31 +146,6 @@ def score(
         run = Run(model, rule, lengths, most, encoded)
         exits = run.go(prompts, [len(row) for row in rest], said).exits
     return Scored(tuple(map(tuple, losses)), exits)
-
-
-def checked_prompts(model: TokenExits, prompts: Sequence[Sequence[int]], new: int) -> list[int]:
-    """The lengths of the prompts.
-
-    Raises:
-        ValueRangeError: they cannot be read, or there is no room for so many new tokens.
-    """
-    lengths = [len(prompt) for prompt in prompts]
-    context, vocabulary = model.decoder.context, model.classes
-    if not lengths or min(lengths) == 0:
-        raise ValueRangeError(
-            f"there are {len(lengths)} prompts, the shortest of 0 tokens; expected at least one each."
-        )
-    if new < 1:
-        raise ValueRangeError(f"max_new_tokens is {new}; expected at least 1.")
-    if max(lengths) + new > context:
-        raise ValueRangeError(
-            f"a prompt of {max(lengths)} tokens and {new} new ones make {max(lengths) + new}; the decoder has room for "
-            f"{context}. Shorten the prompt, or ask for fewer."
-        )
-    for prompt in prompts:
-        if not all(0 <= token < vocabulary for token in prompt):
-            raise ValueRangeError(f"a prompt has a token that is not in 0 to {vocabulary - 1}: the vocabulary's size.")
-    return lengths
 
 
 class Run:
@@ -213,12 +201,13 @@ class Run:
         """(logits, exits) of the first new token. A layer reads the prompts, but their last tokens, when a new token
         first comes to it; without exits the whole decoder reads them in one pass."""
         if self.rule is None:
-            return self.read(prompts), [self.model.exits - 1] * len(prompts)
+            return sound(self.read(prompts)), [self.model.exits - 1] * len(prompts)
         if any(len(prompt) > 1 for prompt in prompts):
             self._given([prompt[:-1] for prompt in prompts])
             if self.cache.at_once:
                 self._read_until(self.decoder.layers)
-        return self.step(list(range(len(prompts))), [prompt[-1] for prompt in prompts])
+        logits, left = self.step(list(range(len(prompts))), [prompt[-1] for prompt in prompts])
+        return sound(logits), left
 
     def read(self, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "row token"]:
         """The logits behind every prompt, read by the whole decoder."""

@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from offramp.errors import ValueRangeError
+from offramp.generation.given import Ends, checked_encoded, checked_prompts, ends_of, sound, until
 from offramp.generation.heads import TokenExits
-from offramp.generation.loop import Run, checked_prompts, generate
+from offramp.generation.loop import Run, generate
 from offramp.graph import eval_mode
 
 __all__ = ["Draft", "DraftTimes", "Verified", "choose_draft", "generate_lossless"]
@@ -86,7 +87,7 @@ def generate_lossless(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 32,
-    end: int | None = None,
+    end: Ends = None,
     encoded: Float[Tensor, "row memory dim"] | None = None,
 ) -> Verified:
     """The tokens that `generate(model, None, prompts)` gives, row after row, made of drafts that are checked.
@@ -108,11 +109,12 @@ def generate_lossless(
             f"the draft is of exit {draft.exit}; expected one before the last, 0 to {len(model.at) - 1}."
         )
     rows, checks, drafted, kept = [], [], 0, 0
+    ends, encoded = ends_of(end, model.classes), checked_encoded(model, encoded, len(lengths))
     with eval_mode(model), torch.inference_mode():
         for row, prompt in enumerate(prompts):
             memory = None if encoded is None else encoded[row : row + 1]
             text = _Text(model, draft, Run(model, None, [lengths[row]], max_new_tokens + draft.tokens, memory))
-            rows.append(text.write(prompt, max_new_tokens, end))
+            rows.append(text.write(prompt, max_new_tokens, ends))
             checks.append(text.checks)
             drafted, kept = drafted + text.drafted, kept + text.kept
     return Verified(tuple(rows), tuple(checks), drafted, kept)
@@ -125,25 +127,22 @@ class _Text:
         self.model, self.draft, self.run, self.decoder = model, draft, run, model.decoder
         self.checks = self.drafted = self.kept = 0
 
-    def write(self, prompt: Sequence[int], most: int, end: int | None) -> tuple[int, ...]:
+    def write(self, prompt: Sequence[int], most: int, ends: frozenset[int]) -> tuple[int, ...]:
         """The new tokens."""
-        tokens = [int(self.run.read([prompt]).argmax())]
-        while len(tokens) < most and tokens[-1] != end:
+        tokens = [int(sound(self.run.read([prompt])).argmax())]
+        while len(tokens) < most and tokens[-1] not in ends:
             begin = len(prompt) + len(tokens) - 1
-            hidden, drafts = self._drafted(tokens[-1], begin, min(self.draft.tokens, most - len(tokens)), end)
+            hidden, drafts = self._drafted(tokens[-1], begin, min(self.draft.tokens, most - len(tokens)), ends)
             said = self._checked(hidden, begin)
             right = 0
             while right < len(drafts) and drafts[right] == said[right]:
                 right += 1
-            fresh = said[: right + 1]
-            if end in fresh:
-                fresh = fresh[: fresh.index(end) + 1]
-            tokens += fresh
+            tokens += until(said[: right + 1], ends)
             self.drafted, self.kept = self.drafted + len(drafts), self.kept + right
             self.run.cache.forget(begin + right + 1)
         return tuple(tokens)
 
-    def _drafted(self, token: int, begin: int, most: int, end: int | None) -> tuple[Tensor, list[int]]:
+    def _drafted(self, token: int, begin: int, most: int, ends: frozenset[int]) -> tuple[Tensor, list[int]]:
         """(hidden states behind the exit's layer of `token` and of drafts but the last, the drafts)."""
         k, cache = self.draft.exit, self.run.cache
         states: list[Tensor] = []
@@ -160,7 +159,7 @@ class _Text:
             if self.draft.sure > 0 and float(logits[token] - logits.logsumexp(0)) < math.log(self.draft.sure):
                 break
             drafts.append(token)
-            if token == end or len(drafts) == most:
+            if token in ends or len(drafts) == most:
                 break
         return torch.cat(states, dim=1), drafts
 
@@ -180,7 +179,7 @@ def choose_draft(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 32,
-    end: int | None = None,
+    end: Ends = None,
     encoded: Float[Tensor, "row memory dim"] | None = None,
     drafts: Iterable[Draft] | None = None,
     rounds: int = 3,
@@ -200,6 +199,9 @@ def choose_draft(
     tried = list(drafts) if drafts is not None else [Draft(k, n, sure) for k in behind for n, sure in USUAL]
     if not tried:
         raise ValueRangeError("there is no draft to try; give one, or a model with an exit before its last layer.")
+    if rounds < 1:
+        raise ValueRangeError(f"rounds is {rounds}; expected at least 1.")
+    checked_encoded(model, encoded, len(checked_prompts(model, prompts, max_new_tokens)))
 
     def plain() -> int:
         texts = [

@@ -12,6 +12,7 @@ from torch import Tensor
 from offramp.calibrate import Promise
 from offramp.calibrate.bounds import betting_p, upper_bound
 from offramp.errors import DataError, ShapeError, ValueRangeError
+from offramp.generation.given import Ends
 from offramp.generation.heads import TokenExits
 from offramp.generation.loop import Generated, generate
 from offramp.generation.rules import TokenPolicy
@@ -50,6 +51,10 @@ class Changed:
     epsilon: float
     name: str = field(default="changed", init=False)
     least: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.epsilon, float | int) or not 0 < self.epsilon < 1:
+            raise ValueRangeError(f"epsilon is {self.epsilon!r}; expected a share of texts between 0 and 1.")
 
     def __call__(self, whole: Tokens, early: Tokens) -> Tensor:
         """0 or 1 for every text."""
@@ -95,7 +100,7 @@ def certify_texts(
     *,
     delta: float = 0.05,
     max_new_tokens: int = 32,
-    end: int | None = None,
+    end: Ends = None,
     encoded: Float[Tensor, "row memory dim"] | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -120,8 +125,8 @@ def certify_texts(
         DataError, ValueRangeError: there are no policies; delta is no chance.
         ShapeError: the loss gave something other than one number a text.
     """
-    if not rungs:
-        raise DataError("there are no policies to try; give one or more, the safest first.")
+    if not rungs or not len(prompts):
+        raise DataError("there are no policies to try, or no prompts; give one or more of each, safest policies first.")
     if not 0 < delta < 1:
         raise ValueRangeError(f"delta is {delta!r}; expected a number between 0 and 1.")
     rules = [each if isinstance(each, TokenPolicy) else TokenPolicy(each) for each in rungs]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from offramp.generation.given import Ends, ends_of
 from offramp.generation.heads import TokenExits
 from offramp.generation.loop import Generated
 from offramp.generation.rules import TokenPolicy, as_rule
@@ -17,25 +18,30 @@ __all__ = ["generate_without_cache"]
 @torch.inference_mode()
 def generate_without_cache(
     model: TokenExits, policy: Policy | TokenPolicy | None, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
-    end: int | None = None, encoded: Tensor | None = None,
+    end: Ends = None, encoded: Tensor | None = None,
 ) -> Generated:  # fmt: skip
     """As `generate`, greedily, one row after the other, with everything computed anew for every token.
 
     A token that left behind layer e has, in all later layers, the hidden state that it left with.
     """
-    tokens, exits = [], []
+    tokens, exits, ends = [], [], ends_of(end, model.classes)
     rule = as_rule(policy, model.exits, gates=model.gates is not None)
     with eval_mode(model):
         for row, prompt in enumerate(prompts):
             memory = None if encoded is None else encoded[row : row + 1]
-            said = _row(model, rule, list(prompt), max_new_tokens, end, memory)
+            said = _row(model, rule, list(prompt), max_new_tokens, ends, memory)
             tokens.append(said[0])
             exits.append(said[1])
     return Generated(tuple(tokens), tuple(exits))
 
 
 def _row(
-    model: TokenExits, rule: TokenPolicy | None, ids: list[int], new: int, end: int | None, encoded: Tensor | None
+    model: TokenExits,
+    rule: TokenPolicy | None,
+    ids: list[int],
+    new: int,
+    ends: frozenset[int],
+    encoded: Tensor | None,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     decoder, prompt = model.decoder, len(ids)
     left = [decoder.layers - 1] * prompt  # behind which layer each token left
@@ -45,7 +51,7 @@ def _row(
         exits.append(exit_)
         ids.append(int(logits.argmax()))
         left.append(decoder.layers - 1)
-        if len(exits) == new or ids[-1] == end:
+        if len(exits) == new or ids[-1] in ends:
             return tuple(ids[prompt:]), tuple(exits)
 
 

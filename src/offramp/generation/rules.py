@@ -93,6 +93,8 @@ def as_rule(policy: Policy | TokenPolicy | None, exits: int, *, gates: bool = Fa
     """
     if policy is None:
         return None
+    if not isinstance(policy, Policy | TokenPolicy):
+        raise ValueRangeError(f"the policy is {policy!r}; expected a policy, a TokenPolicy, or None.")
     rule = policy if isinstance(policy, TokenPolicy) else TokenPolicy(policy)
     check_exits(rule.policy, exits)
     if rule.policy.needs:

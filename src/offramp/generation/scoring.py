@@ -60,6 +60,8 @@ def caption_scores(
         raise ShapeError(f"there are {len(captions)} captions for {len(references)} images; expected one for each.")
     if not references or any(not each or isinstance(each, str) for each in references):
         raise DataError("every image needs a list of one or more references.")
+    if not all(isinstance(text, str) for text in (*captions, *(text for each in references for text in each))):
+        raise DataError("captions and references have something that is no text; expected strings.")
     if (tokenizer == "ptb" or {"METEOR", "SPICE"} & set(metrics)) and shutil.which("java") is None:
         raise DataError("METEOR, SPICE and the tokenizer 'ptb' need Java on the PATH; install it, or go without them.")
     try:
@@ -73,6 +75,8 @@ def caption_scores(
         )
     given = _tokenized(dict(enumerate(map(list, references))), tokenizer)
     said = _tokenized({i: [caption] for i, caption in enumerate(captions)}, tokenizer)
+    if not any(text for each in given.values() for text in each):
+        raise DataError("no reference has a word, so there is nothing to score by.")
     whole: dict[str, float] = {}
     rows: dict[str, Tensor] = {}
     for names, scorer in _scorers(metrics):

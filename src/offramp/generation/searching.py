@@ -8,15 +8,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from offramp.errors import ValueRangeError
+from offramp.generation.given import Ends, checked_encoded, checked_prompts, ends_of, until
 from offramp.generation.heads import TokenExits
-from offramp.generation.loop import Generated, Run, checked_prompts
+from offramp.generation.loop import Generated, Run
 from offramp.generation.rules import TokenPolicy, as_rule
 from offramp.graph import eval_mode
 from offramp.policies.base import Policy
 
 __all__ = ["search"]
 
-PAD = 0  # what is in front of shorter prompts; nothing reads it
+PAD = 0  # what is in front of shorter prompts; no layer reads it
+BLIND = {"length_penalty", "early_stopping"}  # options that look at no token, padding or not
 
 
 def search(
@@ -26,7 +28,7 @@ def search(
     *,
     beams: int = 4,
     max_new_tokens: int = 32,
-    end: int | None = None,
+    end: Ends = None,
     encoded: Float[Tensor, "row memory dim"] | None = None,
     **options: Any,
 ) -> Generated:
@@ -38,7 +40,8 @@ def search(
     Args:
         model, policy, prompts, max_new_tokens, end, encoded: as for `generate`.
         beams: texts that are followed at once for each prompt.
-        options: for transformers' `generate`, such as length_penalty, no_repeat_ngram_size or repetition_penalty.
+        options: for transformers' `generate`, such as length_penalty, no_repeat_ngram_size or repetition_penalty; with
+            such as look at tokens, prompts of one length go together.
 
     Raises:
         ValueRangeError, ShapeError: as `generate`; or there is no beam.
@@ -48,6 +51,10 @@ def search(
     if beams < 1:
         raise ValueRangeError(f"beams is {beams}; expected at least 1.")
     lengths = checked_prompts(model, prompts, max_new_tokens)
+    if len(set(lengths)) > 1 and not set(options) <= BLIND:
+        return _by_length(model, policy, prompts, lengths, encoded, beams=beams, max_new_tokens=max_new_tokens, end=end,
+                          **options)  # fmt: skip
+    ends, encoded = ends_of(end, model.classes), checked_encoded(model, encoded, len(lengths))
     longest = max(lengths)
     device = next(model.parameters()).device
     ids = torch.tensor([[PAD] * (longest - len(row)) + list(row) for row in prompts], device=device)
@@ -56,15 +63,15 @@ def search(
     rows = [length for length in lengths for _ in range(beams)]
     rule = as_rule(policy, model.exits, gates=model.gates is not None)
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, num_beams=beams, do_sample=False, eos_token_id=end, bos_token_id=None,
-        pad_token_id=PAD if end is None else end, return_dict_in_generate=True, output_scores=True,
+        max_new_tokens=max_new_tokens, num_beams=beams, do_sample=False, eos_token_id=sorted(ends) or None,
+        bos_token_id=None, pad_token_id=min(ends, default=PAD), return_dict_in_generate=True, output_scores=True,
     )  # fmt: skip
     with eval_mode(model), torch.inference_mode():
         searcher = _made(model, Run(model, rule, rows, max_new_tokens, memory))
         found = searcher.generate(
             ids, attention_mask=mask, generation_config=config, past_key_values=_Handle(searcher.run), **options
         )
-    tokens = [_until(row, end) for row in found.sequences[:, longest:].tolist()]
+    tokens = [until(row, ends) for row in found.sequences[:, longest:].tolist()]
     beam_of = found.beam_indices.tolist() if beams > 1 else [[i] * max_new_tokens for i in range(len(prompts))]
     exits = [
         tuple(searcher.left[t][beam_of[row][t]] for t in range(len(text))) for row, text in enumerate(tokens)
@@ -72,8 +79,20 @@ def search(
     return Generated(tuple(map(tuple, tokens)), tuple(exits))
 
 
-def _until(tokens: list[int], end: int | None) -> list[int]:
-    return tokens if end not in tokens else tokens[: tokens.index(end) + 1]  # type: ignore[arg-type]
+def _by_length(
+    model: TokenExits, policy: Policy | TokenPolicy | None, prompts: Sequence[Sequence[int]], lengths: Sequence[int],
+    encoded: Tensor | None, **options: Any,
+) -> Generated:  # fmt: skip
+    """Prompts of one length at a time: penalties look at all tokens, and must not see padding."""
+    found: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    checked_encoded(model, encoded, len(lengths))
+    for length in sorted(set(lengths)):
+        which = [i for i, each in enumerate(lengths) if each == length]
+        memory = None if encoded is None else encoded[which]
+        said = search(model, policy, [prompts[i] for i in which], encoded=memory, **options)
+        found.update(zip(which, zip(said.tokens, said.exits, strict=True), strict=True))
+    tokens, exits = zip(*(found[i] for i in range(len(lengths))), strict=True)
+    return Generated(tokens, exits)
 
 
 class _Handle:

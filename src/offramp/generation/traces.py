@@ -35,10 +35,13 @@ def record_tokens(
         rows: texts; a token's id in the trace is "row.place".
 
     Raises:
-        ValueRangeError: top or others is below 1.
+        ValueRangeError: top, others or batch_size is below 1, or a row too long for the decoder.
     """
-    if top < 1 or others < 1:
-        raise ValueRangeError(f"top is {top} and others {others}; expected at least 1 each.")
+    if not 1 <= top <= model.classes or others < 1 or batch_size < 1:
+        raise ValueRangeError(
+            f"top is {top}, others {others} and batch_size {batch_size}; expected at least 1 each, and of top at most "
+            f"the vocabulary, {model.classes}."
+        )
     device = next(model.parameters()).device
     logits, labels, ids = [], [], list[str]()
     parts = torch.arange(len(rows)).split(batch_size)
