@@ -11,7 +11,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from offramp import Budget, CostModel, ExitTrace, Recipe, Uniform, calibrate, train  # noqa: E402
+from offramp import Budget, CostModel, ExitTrace, Joint, Recipe, Risk, Uniform, calibrate, train  # noqa: E402
 from offramp.calibrate import Options, calibrate_with  # noqa: E402
 from offramp.calibrate.stopping import CANDIDATES, StoppingFit  # noqa: E402
 from offramp.errors import DataError, ShapeError, ValueRangeError  # noqa: E402
@@ -28,7 +28,7 @@ from offramp.generation import (  # noqa: E402
     record_tokens,
     sequences_of,
 )
-from offramp.policies import BEEM, Array, Fixed, Margin, MaxProb, Patience, Stopping  # noqa: E402
+from offramp.policies import BEEM, ZTW, Array, EENet, Fixed, Margin, MaxProb, Patience, Stopping  # noqa: E402
 from offramp.simulate import simulate  # noqa: E402
 from offramp.tokenrows import TokenRows, next_tokens  # noqa: E402
 
@@ -128,6 +128,18 @@ def test_budgets_of_tokens_are_calibrated_like_others() -> None:
     assert float((simulate(found.policy, trace, costs).exit < LAYERS - 1).float().mean()) > 0.1
     with pytest.raises(ValueRangeError, match="the decoder has room for 32"):
         measure_tokens(model, [others.row(0) + others.row(1) + others.row(2)])
+
+
+def test_tokens_are_no_rows_that_know_nothing_of_each_other() -> None:
+    model, _, others = trained()
+    trace = record_tokens(model, others, progress=False)
+    costs = measure_tokens(model, [others.row(0)[:4]], batch_sizes=())
+    for family in (EENet, ZTW):
+        with pytest.raises(ValueRangeError, match=f"{family.__name__} knows classes by their number"):
+            calibrate(family, trace, costs, Budget(fraction=0.8))
+    for target in (Risk(0.1), Joint(Risk(0.1), Budget(fraction=0.8))):
+        with pytest.raises(ValueRangeError, match="promise over whole texts with offramp.generation.certify_texts"):
+            calibrate(MaxProb, trace, costs, target)
 
 
 def test_an_encoders_keys_and_values_are_no_work_of_a_token() -> None:

@@ -13,7 +13,8 @@ from offramp.calibrate.quotas import quota_thresholds
 from offramp.calibrate.result import Calibration
 from offramp.calibrate.risk import Joint, Promise, Risk
 from offramp.cost import Budget, CostModel
-from offramp.policies import Fixed, Policy
+from offramp.errors import ValueRangeError
+from offramp.policies import ZTW, EENet, Fixed, Policy
 from offramp.trace import ExitTrace
 
 __all__ = [
@@ -65,7 +66,7 @@ def calibrate(
 
     Raises:
         ShapeError: trace, costs and flags are for different numbers of exits.
-        ValueRangeError: the family is unknown, or cannot be calibrated to this target.
+        ValueRangeError: the family is unknown, or cannot be calibrated to this target, or not on tokens.
         DataError: labels are needed and missing.
     """
     return calibrate_with(
@@ -85,6 +86,8 @@ def calibrate_with(
     thin: bool = False,
 ) -> Calibration:
     """`calibrate` with the settings of families in one value."""
+    if isinstance(trace, ExitTrace) and trace.of_tokens:
+        _check_tokens(family, target)
     if isinstance(target, Risk | Joint) and certify is None and isinstance(trace, ExitTrace):
         trace, certify = trace.split((0.5, 0.5))
     first = Calibrator(family, trace, costs, options, enabled=enabled)
@@ -98,3 +101,18 @@ def calibrate_with(
 
     found = profitable(make, trace, costs, target) if target.unit == "ms" else first.to(target)
     return thinned(make, trace, target, found) if thin else found
+
+
+def _check_tokens(family: type | Policy, target: Target) -> None:
+    """Nothing, where family and target make sense for rows that are tokens of texts."""
+    kind = family if isinstance(family, type) else type(family)
+    if kind in (EENet, ZTW):
+        raise ValueRangeError(
+            f"{kind.__name__} knows classes by their number, and a trace of tokens has other words in each row; take "
+            "max-prob, margin, patience, BEEM or Stopping."
+        )
+    if isinstance(target, Risk | Joint):
+        raise ValueRangeError(
+            "the rows are tokens, and those of one text depend on each other, so that a risk promises nothing; promise "
+            "over whole texts with offramp.generation.certify_texts."
+        )
