@@ -196,15 +196,16 @@ def _lines(path: Path) -> dict[str, list[str]]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             head = [name.strip().lower() for name in next(reader, [])]
-            if head[:2] != ["image", "caption"]:
+            if not {"image", "caption"} <= set(head):
                 raise DataError(f"{path} begins with {', '.join(head) or 'nothing'}; expected a line 'image,caption'.")
-            for row in reader:
-                # what follows a comma without quotes belongs to the caption
-                name, caption = (row[0].strip(), ",".join(row[1:]).strip()) if row else ("", "")
-                if row and not (name and caption):
+            i, j = head.index("image"), head.index("caption")
+            # what follows a comma without quotes belongs to the caption, where it is the last column
+            last = None if j == len(head) - 1 else j + 1
+            for row in filter(None, reader):
+                name, caption = "".join(row[i : i + 1]).strip(), ",".join(row[j:last]).strip()
+                if not (name and caption):
                     raise DataError(f"{path}, line {reader.line_num}: there is no image, or no caption.")
-                if row:
-                    said.setdefault(name, []).append(caption)
+                said.setdefault(name, []).append(caption)
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8; save it as such.") from None
     except csv.Error as error:

@@ -139,6 +139,8 @@ def test_lists_as_people_write_them(tmp_path: Path) -> None:
     text = '\ufeffimage, caption\n0.png, one,two,three\n\n0.png,"a ""thing"", too"\n'
     (tmp_path / "captions.txt").write_text(text, encoding="utf-8")
     assert load_captions(tmp_path, "train").captions == (("one,two,three", 'a "thing", too'),)
+    (tmp_path / "captions.txt").write_text("caption,split,image\none,train,0.png\n", encoding="utf-8")
+    assert load_captions(tmp_path, "train").captions == (("one",),)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class Sampling:
         top_k: only so many of the likeliest tokens are drawn from.
         top_p: only the likeliest tokens that have this probability together.
         seed: of the draws, begun anew by every call. What a row gets depends on the rows beside it, and on when they
-            end: rows that are done draw no more, as they do in transformers.
+            end: rows that are done draw no more, unlike in transformers.
     """
 
     temperature: float = 1.0
