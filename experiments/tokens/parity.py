@@ -86,7 +86,7 @@ def of_kind(kind: str, texts: int) -> Case:
 
 
 def of_task(task: str, variant: str, texts: int, options: Any) -> Case:
-    """A trained decoder with its test texts, and the policies certified for it, or those of RULES that fit."""
+    """A trained decoder with its test texts, and the policies certified for it; without such, max-prob and patience."""
     model = model_of(task, variant, options.seed, options.data, options.runs)
     setting = Setting(task, model, options.data, options.runs / "cache", options.limit)
     given, encoded = setting.prompts("test", texts)

@@ -131,9 +131,9 @@ def _named(what: str, names: Sequence[str]) -> str:
 
 
 def _same(image: Any, number: int) -> Any:
-    """What tells an image from others: its file or bytes, or where it has neither, its row."""
-    if isinstance(image, Mapping):
-        image = image.get("path") or image.get("bytes")
+    """What tells an image from others: its bytes or file, or where it has neither, its row."""
+    if isinstance(image, Mapping):  # a path beside bytes is a bare name, and others may have it, too
+        image = image.get("bytes") or image.get("path")
     return image if isinstance(image, str | bytes | Path) else number
 
 

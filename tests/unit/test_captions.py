@@ -175,3 +175,12 @@ def test_rows_of_the_hubs_layouts(tmp_path: Path) -> None:
     assert read("numbered", rows) == (("x",),)
     with pytest.raises(DataError, match="row 0 has a caption that is no text"):
         read("number", [{"image": a, "caption": 5}])
+
+
+def test_images_of_one_name_stay_apart(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = [{"image": {"bytes": png(i % 2 * 90), "path": "image.png"}, "caption": f"number {i}"} for i in range(4)]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "test.parquet"))
+    found = load_captions(tmp_path, "test")
+    assert found.captions == (("number 0", "number 2"), ("number 1", "number 3"))

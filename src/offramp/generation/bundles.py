@@ -58,7 +58,7 @@ class TokenBundle:
         model: from `attach_tokens`.
         tokenizer: a fast tokenizer of transformers. Its begin and end tokens, where it has them, begin a caption and
             end a text.
-        policy: how tokens leave, a policy or TokenPolicy; None where none should.
+        policy: how tokens leave; None where none should.
         preprocess: from images to what the encoder takes; for captions.
         draft: for lossless generation, where it pays.
         about: JSON values to keep with it: what was measured and promised.

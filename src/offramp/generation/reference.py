@@ -36,12 +36,7 @@ def generate_without_cache(
 
 
 def _row(
-    model: TokenExits,
-    rule: TokenPolicy | None,
-    ids: list[int],
-    new: int,
-    ends: frozenset[int],
-    encoded: Tensor | None,
+    model: TokenExits, rule: TokenPolicy | None, ids: list[int], new: int, ends: frozenset[int], encoded: Tensor | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     decoder, prompt = model.decoder, len(ids)
     left = [decoder.layers - 1] * prompt  # behind which layer each token left
